@@ -1,0 +1,1 @@
+"""Calibration data: from a dataset's name or a file to batches of tokens, deterministically."""

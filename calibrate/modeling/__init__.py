@@ -1,0 +1,1 @@
+"""The transformers model as calibration and the runtime both use it: loading, layers, the attention tap."""

@@ -1,0 +1,1 @@
+"""Checking what was written, by fp8kv or by anybody else."""

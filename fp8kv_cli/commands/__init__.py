@@ -1,0 +1,1 @@
+"""One module per command: parse, call one function of another room, show the result."""
