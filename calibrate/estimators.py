@@ -32,7 +32,7 @@ def percentile(stats: FoldStatistics, fmt: Fp8Format, *, percent: float) -> Tens
     Args:
         stats: the data.
         fmt: the FP8 format.
-        percent: in (0, 100]; 100 equals :func:`absmax`.
+        percent: in (0, 100]; 100 equals :func:`absmax`, and so does a percentile at which all is zero.
     """
     counts = stats.histogram.double()
     upper = torch.minimum(bin_edges()[1:].expand_as(counts), stats.absmax.double()[:, None])
@@ -43,6 +43,8 @@ def percentile(stats: FoldStatistics, fmt: Fp8Format, *, percent: float) -> Tens
     below = (cumulative - counts).gather(1, index)
     inside = ((wanted - below) / counts.gather(1, index).clamp_min(1)).clamp(0, 1)
     threshold = lower.gather(1, index) * (1 - inside) + upper.gather(1, index) * inside
+    # a percentile that falls among the zeros says nothing about the rest: then nothing may clip
+    threshold = torch.where(threshold > 0, threshold, stats.absmax.double()[:, None])
     return _to_scale(threshold.squeeze(1), fmt)
 
 

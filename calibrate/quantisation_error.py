@@ -46,7 +46,8 @@ class PredictedError:
     @property
     def sqnr_db(self) -> Tensor:
         """Signal-to-quantisation-noise ratio in decibels, ``[heads]``; infinite where there is no noise."""
-        return 10 * torch.log10(self.signal / self.noise)
+        ratio = 10 * torch.log10(self.signal / self.noise)
+        return torch.where(self.noise > 0, ratio, torch.inf)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class StreamStatistics:
             pair_norm=None
             if self.pair_norm is None or other.pair_norm is None
             else torch.maximum(self.pair_norm, other.pair_norm),
-            bfloat16=self.bfloat16,
+            bfloat16=self.bfloat16 and other.bfloat16,
         )
 
     def select(self, folds: tuple[int, ...]) -> FoldStatistics:
@@ -135,7 +135,7 @@ class FoldStatistics:
             histogram=self.histogram + other.histogram,
             absmax=torch.maximum(self.absmax, other.absmax),
             zeros=self.zeros + other.zeros,
-            bfloat16=self.bfloat16,
+            bfloat16=self.bfloat16 and other.bfloat16,
         )
 
 

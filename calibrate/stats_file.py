@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -83,19 +82,19 @@ def save_statistics(
         OutputError: the file cannot be written, with the operating system's reason.
     """
     data = encode_statistics(stats, extra)
+    # not tempfile, whose files nobody but their owner may read
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as handle:
-            try:
+        try:
+            with beside.open("wb") as handle:
                 handle.write(data)
                 handle.flush()
                 os.fsync(handle.fileno())
-                os.replace(handle.name, path)
-            except BaseException:
-                os.unlink(handle.name)
-                raise
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -121,19 +120,18 @@ def load_statistics(path: Path) -> KVStatistics:
             )
             for entry in header["layers"]
         )
-        provenance = Provenance(
-            **{
-                key: tuple(value) if isinstance(value, list) else value
-                for key, value in header["provenance"].items()
-            }
-        )
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in header["provenance"].items()
+        }
+        provenance = Provenance(**fields)
         return KVStatistics(
             provenance=provenance,
             layers=layers,
             tokens=tensors["tokens"],
             samples=tensors["samples"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StatisticsError(f"{path} is damaged: {error!r}") from error
 
 

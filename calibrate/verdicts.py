@@ -15,7 +15,7 @@ import torch
 
 from fp8kv.calibrate.derive import derive_scales
 from fp8kv.calibrate.folds import CALIBRATION_FOLDS, HELD_OUT_FOLD
-from fp8kv.calibrate.quantisation_error import PredictedError, predict_error
+from fp8kv.calibrate.quantisation_error import predict_error
 from fp8kv.calibrate.scales import LayerScales, ScaleSet
 from fp8kv.calibrate.statistics import FoldStatistics, KVStatistics, LayerStatistics
 from fp8kv.kernels.fp8 import Fp8Format, get_format
@@ -181,17 +181,17 @@ def _split_note(data: FoldStatistics, stream_name: str, at_scale: Quality, fmt: 
 def _quality(data: FoldStatistics, scale: torch.Tensor, fmt: Fp8Format) -> Quality:
     error = predict_error(data, scale, fmt)
     signal, noise = error.signal.sum().item(), error.noise.sum().item()
+    non_zero = data.histogram.sum(-1).double()
     return Quality(
         relative_error=math.sqrt(noise / signal) if signal > 0 else 0.0,
         sqnr_db=10 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.inf,
-        clipped=_mean_rate(error, error.clipped, data),
-        subnormal=_mean_rate(error, error.subnormal, data),
+        clipped=_mean(error.clipped, non_zero + data.zeros),
+        subnormal=_mean(error.subnormal, non_zero),
     )
 
 
-def _mean_rate(error: PredictedError, rate: torch.Tensor, data: FoldStatistics) -> float:
-    weights = data.histogram.sum(-1).double()
-    return ((rate * weights).sum() / weights.sum().clamp_min(1)).item()
+def _mean(rates: torch.Tensor, counts: torch.Tensor) -> float:
+    return ((rates * counts).sum() / counts.sum().clamp_min(1)).item()
 
 
 def _log_scales(scales: ScaleSet) -> torch.Tensor:

@@ -70,13 +70,19 @@ def _attention(
     """Attend with ``query [batch, heads, new, nope + rope]`` over ``latent`` and ``rope [batch, 1, tokens, width]``."""
     if query.shape[2] > _MAX_ABSORBED_TOKENS:
         key, value = type(module).expand_kv(module, latent, rope)  # type: ignore[attr-defined]
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        width = value.shape[-1]
+        if query.device.type == "cpu" and width < query.shape[-1]:
+            # torch's flash kernel for CPUs wants one width for all; without it, all scores are held at once
+            value = nn.functional.pad(value, (0, query.shape[-1] - width))
+        output, weights = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
+        return output[..., :width], weights
     batch, num_heads, new, _ = query.shape
     nope, tokens = module.qk_nope_head_dim, latent.shape[2]
     weight = module.kv_b_proj.weight.view(num_heads, -1, latent.shape[-1])  # type: ignore[union-attr,operator]
-    absorbed = query[..., :nope] @ weight[:, :nope]
+    # einsum, not @: broadcasting over the batch would copy the weights once for each of its rows
+    absorbed = torch.einsum("bhnd,hdl->bhnl", query[..., :nope], weight[:, :nope])
     # all heads read the same row: as one batch of queries, so that no head gets a copy of the cache
     scores = absorbed.flatten(1, 2) @ latent.squeeze(1).transpose(1, 2)
     scores = scores + query[..., nope:].flatten(1, 2) @ rope.squeeze(1).transpose(1, 2)
@@ -88,8 +94,8 @@ def _attention(
         scores = scores.masked_fill(future.triu(tokens - new + 1), float("-inf"))
     probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     output = probabilities.flatten(1, 2) @ latent.squeeze(1)
-    output = output.view(batch, num_heads, new, -1) @ weight[:, nope:].transpose(1, 2)
-    return output.transpose(1, 2), None
+    output = output.view(batch, num_heads, new, -1)
+    return torch.einsum("bhnl,hvl->bnhv", output, weight[:, nope:]), None
 
 
 def _check(module: nn.Module) -> None:

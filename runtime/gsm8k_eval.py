@@ -37,6 +37,7 @@ from fp8kv.runtime.gsm8k import (
 )
 from fp8kv.runtime.samples import SampleLog
 
+
 @dataclass(frozen=True)
 class Questions:
     """The problems of an evaluation and the pool that shots are drawn from.

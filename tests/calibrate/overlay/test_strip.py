@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fp8kv.calibrate.overlay import strip as strip_module
 from fp8kv.calibrate.formats.checkpoint import open_checkpoint
 from fp8kv.calibrate.formats.facts import model_facts
+from fp8kv.calibrate.overlay import strip as strip_module
 from fp8kv.calibrate.overlay.plan import plan_overlay
-from fp8kv.calibrate.scales import LayerScales, ScaleSet
 from fp8kv.calibrate.overlay.strip import strip
 from fp8kv.calibrate.overlay.writer import write_overlay
+from fp8kv.calibrate.scales import LayerScales, ScaleSet
 from fp8kv.recipes.errors import CheckpointError, OutputError
 
 SOURCES = Path(__file__).parents[1] / "golden" / "sources"

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8kv.calibrate.overlay import writer
 from fp8kv.calibrate.formats.checkpoint import open_checkpoint
 from fp8kv.calibrate.formats.facts import model_facts
 from fp8kv.calibrate.formats.kv_names import find_kv_scales
+from fp8kv.calibrate.overlay import writer
 from fp8kv.calibrate.overlay.plan import plan_overlay
+from fp8kv.calibrate.overlay.writer import check_output, write_overlay
 from fp8kv.calibrate.scales import LayerScales, ScaleSet
 from fp8kv.calibrate.validation.validate import validate
-from fp8kv.calibrate.overlay.writer import check_output, write_overlay
 from fp8kv.recipes.errors import OutputError
 
 SOURCES = Path(__file__).parents[1] / "golden" / "sources"

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from fp8kv.calibrate.formats.checkpoint import open_checkpoint
 from fp8kv.calibrate.formats.facts import model_facts
 from fp8kv.calibrate.overlay.plan import plan_overlay
+from fp8kv.calibrate.overlay.writer import write_overlay
 from fp8kv.calibrate.scales import LayerScales, ScaleSet
 from fp8kv.calibrate.validation.validate import CHECKS, describe_checks, plausibility, validate
-from fp8kv.calibrate.overlay.writer import write_overlay
 from fp8kv.recipes.errors import StatisticsError
 
 SOURCES = Path(__file__).parents[1] / "golden" / "sources"

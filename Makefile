@@ -1,0 +1,53 @@
+# Everything a user or a contributor runs. `make demo` and `make test` need Python 3.10 or later and nothing else.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ROOMS  := fp8kv_cli calibrate runtime kernels recipes
+SOURCES := $(shell find $(ROOMS) -name '*.py' -o -name '*.yaml')
+
+# the repository root holds a folder called `kernels`, which must not shadow the distribution of that name
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test lint format typecheck coverage clean
+
+demo: $(VENV)/.demo
+	$(BIN)/fp8kv demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+coverage: $(VENV)/.test
+	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+
+$(VENV)/.python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.python pyproject.toml $(SOURCES)
+	$(BIN)/python -m pip install --quiet .
+	touch $@
+
+# a strict editable install links every file where type checkers and import-linter find it, so a new file needs
+# a new install
+$(VENV)/.test: $(VENV)/.python pyproject.toml $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable ".[test]" --config-settings editable_mode=strict
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" --config-settings editable_mode=strict
+	touch $@
