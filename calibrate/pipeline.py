@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fp8kv.calibrate.data.sources import Source
 from fp8kv.calibrate.data.loading import TokenSamples, load_samples
+from fp8kv.calibrate.data.sources import Source
 from fp8kv.calibrate.derive import derive_scales
 from fp8kv.calibrate.formats.checkpoint import Checkpoint, open_checkpoint
 from fp8kv.calibrate.formats.facts import model_facts
 from fp8kv.calibrate.formats.targets import TargetEffect
-from fp8kv.calibrate.overlay.linking import LinkMode
 from fp8kv.calibrate.measure import measure
 from fp8kv.calibrate.modeling.load import load_model, load_tokenizer, pad_token_id
+from fp8kv.calibrate.overlay.linking import LinkMode
 from fp8kv.calibrate.overlay.plan import plan_overlay
+from fp8kv.calibrate.overlay.writer import check_output, write_overlay
 from fp8kv.calibrate.plan import CalibrationPlan, plan_calibration
 from fp8kv.calibrate.scales import ScaleSet
 from fp8kv.calibrate.statistics import KVStatistics
 from fp8kv.calibrate.stats_file import FILE_NAME, encode_statistics
 from fp8kv.calibrate.verdicts import ConvergencePoint, StreamVerdict, convergence, judge
-from fp8kv.calibrate.overlay.writer import check_output, write_overlay
 from fp8kv.recipes import Recipe, default_recipe, recipe_to_yaml
 from fp8kv.recipes.errors import OutputError, StatisticsError
 from fp8kv.recipes.schema import Scales
@@ -255,11 +256,16 @@ def _snapshot(out: Path) -> Path:
 
 
 def _write_side_files(out: Path, files: dict[str, bytes]) -> None:
+    partial = out.with_name(f".{out.name}.fp8kv-statistics")
     try:
-        out.mkdir(parents=True)
+        # what a killed run left
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         for name, content in files.items():
-            (out / name).write_bytes(content)
+            (partial / name).write_bytes(content)
+        partial.rename(out)
     except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
 
 

@@ -92,7 +92,8 @@ class ConvergencePoint:
 
     Attributes:
         tokens: calibration tokens used.
-        largest_change: largest of ``|log2(scale / final scale)|`` over layers and streams, before any rounding.
+        largest_change: largest of ``|log2(scale / final scale)|`` over layers and streams; no scale is rounded to a
+            power of two for it.
         median_change: the median of the same.
     """
 

@@ -11,6 +11,9 @@ from fp8kv.recipes import schema
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+RESUME_KEY = "fp8kv.resume"
+"""Where a command leaves, in the context's ``meta``, what the user should know when it is interrupted."""
+
 
 def output_options(function: _Function) -> _Function:
     """Add ``--json`` and ``--quiet``."""
@@ -30,9 +33,15 @@ def scale_options(function: _Function) -> _Function:
                 help="How the magnitude that must fit is chosen.",
             ),
             click.option(
-                "--percentile", type=float, help="For --estimator percentile, in (0, 100]."
+                "--percentile",
+                type=click.FloatRange(0, 100, min_open=True),
+                help="For --estimator percentile.",
             ),
-            click.option("--headroom", type=float, help="Factor on that magnitude."),
+            click.option(
+                "--headroom",
+                type=click.FloatRange(0, min_open=True),
+                help="Factor on that magnitude.",
+            ),
             click.option(
                 "--power-of-two/--exact",
                 default=None,
@@ -61,7 +70,7 @@ def target_option(function: _Function) -> _Function:
         "targets",
         multiple=True,
         type=click.Choice(get_args(schema.TargetName)),
-        help="Engine to write for; may be given several times.  [default: vllm, sglang]",
+        help="Engine to write for; may be given several times.  [default: as the recipe says, vllm and sglang]",
     )(function)
 
 
@@ -74,6 +83,11 @@ def link_option(function: _Function) -> _Function:
         show_default=True,
         help="How the unchanged weights get into the output; auto never copies.",
     )(function)
+
+
+def on_interrupt(text: str) -> None:
+    """Say ``text`` when the running command is interrupted; without it nothing is promised."""
+    click.get_current_context().meta[RESUME_KEY] = text
 
 
 def scale_overrides(values: dict[str, Any]) -> dict[str, object]:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from fp8kv.progress import ProgressBars
+
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
+
+_STYLES: Mapping[str, str] = {
+    "clip": "bold red",
+    "breaks": "bold red",
+    "underflow": "yellow",
+    "ignored": "yellow",
+}
+"""Cells that the eye must find in a table of a hundred rows."""
 
 
 class Output:
@@ -32,87 +43,78 @@ class Output:
             click.echo(text)
 
     def json(self, value: Any) -> None:
-        """Write ``value`` to stdout as JSON where that was asked for."""
+        """Write ``value`` to stdout as JSON where that was asked for; NaN and infinities become null."""
         if self.as_json:
-            click.echo(json.dumps(value, indent=2, allow_nan=False))
+            click.echo(json.dumps(_json_value(value), indent=2, allow_nan=False))
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        legend: str = "",
+    ) -> None:
         """Draw a table on stderr, unless quiet or JSON was asked for. Cells that are numbers align right."""
         if self.quiet or self.as_json:
             return
+        from rich import box
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=title, title_justify="left", header_style="bold")
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+            show_edge=False,
+            header_style="bold",
+        )
         for number, column in enumerate(columns):
             cells = [row[number] for row in rows]
             numeric = bool(cells) and all(_is_number(cell) for cell in cells)
             table.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for row in rows:
             # Text, not markup: names come from checkpoints
-            table.add_row(*(Text(cell) for cell in row))
-        _console().print(table)
+            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+        console = _console()
+        # a title that wraps inside a narrow table cannot be copied
+        console.print(Text(title, style="bold"), soft_wrap=True)
+        console.print(table)
+        if legend:
+            console.print(Text(legend, style="dim"))
+        console.print()
 
     @contextmanager
     def progress(self) -> Iterator[ProgressBars]:
-        """Show progress bars on stderr while the context is open, unless quiet."""
-        if self.quiet:
-            yield ProgressBars(None)
-            return
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        """Show on stderr how far the work is, while the context is open, unless quiet.
 
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=_console(),
-        ) as progress:
-            yield ProgressBars(progress)
+        Meanwhile libraries keep still, and what code from elsewhere prints goes to stderr: stdout is for data.
+        """
+        bars = ProgressBars(None if self.quiet else _console())
+        with redirect_stdout(sys.stderr), _quiet_libraries():
+            try:
+                yield bars
+            except BaseException:
+                bars.stop(complete=False)
+                raise
+            bars.stop()
 
 
-class ProgressBars:
-    """Named progress bars; a listener of calibrations."""
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Turn transformers' warnings and progress bars off: what a user must know, the commands say."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
 
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self._tasks: dict[str, TaskID] = {}
-        self._stage = ""
-
-    def stage(self, name: str) -> None:
-        """Begin the stage called ``name``."""
-        self._stage = name
-        if self._progress is not None and name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(_STAGES.get(name, name), total=None)
-
-    def advance(self, done: int, total: int) -> None:
-        """Set how far the running stage is."""
-        if self._progress is not None and self._stage in self._tasks:
-            self._progress.update(self._tasks[self._stage], completed=done, total=total)
-
-    def add(self, name: str, count: int, total: int) -> None:
-        """Move the bar called ``name`` on by ``count`` of ``total``."""
-        if self._progress is None:
-            return
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total)
-        self._progress.advance(self._tasks[name], count)
-
-
-_STAGES = {
-    "data": "reading samples",
-    "load": "loading weights",
-    "measure": "measuring tokens",
-    "write": "writing",
-}
+    verbosity = logging.get_verbosity()
+    bars_were_on = logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars_were_on:
+            logging.enable_progress_bar()
 
 
 def _console() -> Console:
@@ -121,5 +123,15 @@ def _console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _is_number(cell: str) -> bool:
-    return not cell or cell[0].isdigit() or (cell[0] in "-+<" and len(cell) > 1) or cell == "-"
+    return (
+        cell in ("", "-", "inf") or cell[0].isdigit() or (cell[0] in "-+" and cell[1:2].isdigit())
+    )

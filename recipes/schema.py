@@ -104,7 +104,7 @@ class Calibration:
     """Say how to run the forward passes.
 
     Attributes:
-        batch_size: Samples per forward pass; None chooses by the free memory.
+        batch_size: Samples per forward pass; None fills a token budget that suits the device.
         dtype: Compute type of the model; ``auto`` takes the checkpoint's own.
     """
 

@@ -87,11 +87,13 @@ def _attention(
     scores = absorbed.flatten(1, 2) @ latent.squeeze(1).transpose(1, 2)
     scores = scores + query[..., nope:].flatten(1, 2) @ rope.squeeze(1).transpose(1, 2)
     scores = (scores * scaling).view(batch, num_heads, new, tokens)
+    # not -inf: padding sees nothing at all, and its NaN would enter the cache that the other tokens read
+    masked = torch.finfo(scores.dtype).min
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, float("-inf"))
+        scores = scores.masked_fill(~attention_mask, masked)
     elif new > 1:
         future = torch.ones(new, tokens, dtype=torch.bool, device=query.device)
-        scores = scores.masked_fill(future.triu(tokens - new + 1), float("-inf"))
+        scores = scores.masked_fill(future.triu(tokens - new + 1), masked)
     probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     output = probabilities.flatten(1, 2) @ latent.squeeze(1)
     output = output.view(batch, num_heads, new, -1)

@@ -91,21 +91,22 @@ def run_arms(
         raise EvaluationError("there are no problems to evaluate")
     if len({mode.name for mode in modes}) != len(modes):
         raise EvaluationError(f"an arm appears twice: {', '.join(mode.name for mode in modes)}")
-    agreements = _agreements(model, tokenizer, facts, modes, task, progress)
     results, scores = {}, {}
-    for mode in modes:
-        start = time.perf_counter()
-        with absorbed_mla(model), emulated_cache(model, facts, mode):
-            texts = _generate(model, tokenizer, mode.name, task, log, progress)
-        scores[mode.name] = [
-            score(text, problem) for text, problem in zip(texts, task.problems, strict=True)
-        ]
-        agreement = agreements.get(mode.name)
-        results[mode.name] = ArmResult.from_scores(
-            scores[mode.name],
-            None if agreement is None else agreement.summary(),
-            time.perf_counter() - start,
-        )
+    with absorbed_mla(model):
+        agreements = _agreements(model, tokenizer, facts, modes, task, progress)
+        for mode in modes:
+            start = time.perf_counter()
+            with emulated_cache(model, facts, mode):
+                texts = _generate(model, tokenizer, mode.name, task, log, progress)
+            scores[mode.name] = [
+                score(text, problem) for text, problem in zip(texts, task.problems, strict=True)
+            ]
+            agreement = agreements.get(mode.name)
+            results[mode.name] = ArmResult.from_scores(
+                scores[mode.name],
+                None if agreement is None else agreement.summary(),
+                time.perf_counter() - start,
+            )
     return results, scores
 
 

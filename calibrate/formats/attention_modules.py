@@ -32,7 +32,7 @@ _CACHELESS_TYPES = ("linear", "mamba", "conv", "recurrent", "delta", "mlp", "moe
 
 
 @dataclass(frozen=True)
-class AttentionModule:
+class StoredAttention:
     """An attention module that owns a KV cache.
 
     Attributes:
@@ -52,7 +52,7 @@ class AttentionModule:
 
 def find_attention_modules(
     checkpoint: Checkpoint, config: Mapping[str, Any]
-) -> list[AttentionModule]:
+) -> list[StoredAttention]:
     """Return the attention modules that own a cache, in model order; empty if there are none.
 
     Where there are latent projections and ``config`` has a ``kv_lora_rank``, only those count: the other layers of
@@ -151,13 +151,13 @@ def _is_lightning(checkpoint: Checkpoint, name: str) -> bool:
     )
 
 
-def _in_order(matches: list[re.Match[str]]) -> list[AttentionModule]:
+def _in_order(matches: list[re.Match[str]]) -> list[StoredAttention]:
     num_subs = 1 + max((int(match["sub"] or 0) for match in matches), default=0)
     modules = {}
     for match in matches:
         layer = int(match["layer"])
         index = layer * num_subs + int(match["sub"] or 0)
-        modules[match["name"]] = AttentionModule(
+        modules[match["name"]] = StoredAttention(
             layer, index, match["name"], match["projection"], match.string
         )
     return sorted(modules.values(), key=lambda module: module.index)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fp8kv.calibrate.formats.attention_modules import (
     LATENT_PROJECTION,
-    AttentionModule,
+    StoredAttention,
     find_attention_modules,
     is_layer_tensor,
     require_int,
@@ -178,7 +178,7 @@ def _is_sparse(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
 
 
 def _heads(
-    checkpoint: Checkpoint, config: Mapping[str, Any], modules: list[AttentionModule]
+    checkpoint: Checkpoint, config: Mapping[str, Any], modules: list[StoredAttention]
 ) -> tuple[int | None, int | None]:
     """Return KV heads and head width, each None where the config gives no single answer."""
     query_heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
@@ -221,7 +221,7 @@ def _single(value: Any, others: Iterable[Any]) -> int | None:
     return value
 
 
-def _shapes_agree(checkpoint: Checkpoint, modules: list[AttentionModule], rows: int) -> bool:
+def _shapes_agree(checkpoint: Checkpoint, modules: list[StoredAttention], rows: int) -> bool:
     """Tell whether every plain k_proj has ``rows`` rows; fused and transposed ones say nothing."""
     return all(
         checkpoint.entry(module.tensor).shape[:1] == (rows,)

@@ -28,7 +28,6 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 
 from fp8kv.calibrate.formats.checkpoint import Checkpoint
-from fp8kv.calibrate.formats.kv_names import is_kv_scale_name
 from fp8kv.calibrate.formats.weights import is_quantised, plain_state_dict
 from fp8kv.recipes.errors import CalibrationError, CheckpointError, UnsupportedModelError
 
@@ -111,7 +110,7 @@ def load_model(
         CalibrationError: the device has too little memory.
     """
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    decoded = is_quantised(checkpoint) or any(map(is_kv_scale_name, checkpoint.weight_map))
+    decoded = is_quantised(checkpoint)
     with _load_report() as text:
         try:
             model_class = _model_class(config, checkpoint, trust_remote_code)

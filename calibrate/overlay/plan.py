@@ -19,6 +19,7 @@ from fp8kv.calibrate.formats.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_F
 from fp8kv.calibrate.formats.config_text import set_json_keys
 from fp8kv.calibrate.formats.facts import ModelFacts
 from fp8kv.calibrate.formats.targets import TargetEffect, check_target, select_targets
+from fp8kv.calibrate.overlay.checks import check_scales, check_source, check_targets
 from fp8kv.calibrate.overlay.linking import carried_files
 from fp8kv.calibrate.overlay.manifest import (
     MANIFEST_FILE,
@@ -28,7 +29,6 @@ from fp8kv.calibrate.overlay.manifest import (
     BaseShard,
     Manifest,
 )
-from fp8kv.calibrate.overlay.checks import check_scales, check_source, check_targets
 from fp8kv.calibrate.overlay.parts import (
     choose_spellings,
     config_edits,

@@ -10,6 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from fp8kv.calibrate.formats.checkpoint import open_checkpoint
+from fp8kv.calibrate.formats.facts import model_facts
+from fp8kv.calibrate.formats.kv_names import find_kv_scales
+from fp8kv.calibrate.overlay.manifest import SIDE_FOLDER, read_manifest
+from fp8kv.calibrate.stats_file import FILE_NAME as STATISTICS_FILE
 from fp8kv.calibrate.validation.context_checks import (
     check_base_untouched,
     check_index,
@@ -17,10 +22,6 @@ from fp8kv.calibrate.validation.context_checks import (
     check_targets,
     plausibility,
 )
-from fp8kv.calibrate.formats.checkpoint import open_checkpoint
-from fp8kv.calibrate.formats.facts import model_facts
-from fp8kv.calibrate.formats.kv_names import find_kv_scales
-from fp8kv.calibrate.overlay.manifest import SIDE_FOLDER, read_manifest
 from fp8kv.calibrate.validation.scale_checks import (
     Check,
     Subject,
@@ -34,7 +35,6 @@ from fp8kv.calibrate.validation.scale_checks import (
     check_opens,
     check_positive,
 )
-from fp8kv.calibrate.stats_file import FILE_NAME as STATISTICS_FILE
 from fp8kv.recipes.errors import CheckpointError, Fp8kvError
 
 __all__ = [

@@ -9,6 +9,7 @@ import click
 
 from fp8kv.options import (
     link_option,
+    on_interrupt,
     output_options,
     scale_options,
     scale_overrides,
@@ -18,11 +19,14 @@ from fp8kv.output import Output
 from fp8kv.recipes import schema
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fp8kv.calibrate.formats.targets import TargetEffect
     from fp8kv.calibrate.pipeline import CalibrationResult
     from fp8kv.recipes import Recipe
 
 
-@click.command("calibrate")
+@click.command("calibrate", short_help="Measure, choose scales, write a checkpoint.")
 @click.argument("model")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory to make.")
 @click.option("--revision", help="Revision of a hub id.")
@@ -36,12 +40,12 @@ if TYPE_CHECKING:
     help="NAME_OR_PATH[,config=C][,split=S][,column=C][,weight=W]; hub name, jsonl, json, parquet, csv or "
     "txt; several are mixed.",
 )
-@click.option("--num-samples", type=click.IntRange(min=1))
+@click.option("--num-samples", type=click.IntRange(min=1), help="Samples over all datasets.")
 @click.option("--seq-len", type=click.IntRange(min=2), help="Longest sample in tokens.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Samples per forward pass.")
-@click.option("--seed", type=click.IntRange(min=0))
+@click.option("--seed", type=click.IntRange(min=0), help="Of the choice and order of samples.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
-@click.option("--dtype", type=click.Choice(get_args(schema.Dtype)))
+@click.option("--dtype", type=click.Choice(get_args(schema.Dtype)), help="Of the forward passes.")
 @scale_options
 @target_option
 @link_option
@@ -68,18 +72,21 @@ def calibrate_command(
     """Measure MODEL's KV cache on data, choose scales, and write a checkpoint that has them.
 
     MODEL is a directory or a Hugging Face id. Its weights are linked, never rewritten. Options win over the
-    recipe, the recipe over the defaults. Interrupted, the same command goes on where it was.
+    recipe, the recipe over the defaults. Interrupted, the same command goes on from its last snapshot.
     """
+    if out is None and not dry_run:
+        raise click.UsageError("--out DIR is needed: where shall the result go?")
     output = Output(as_json=as_json, quiet=quiet)
     recipe = resolve_recipe(model, revision, recipe_name, values, output)
-    if dry_run:
-        _show_plan(model, recipe, revision, device, output)
+    if dry_run or out is None:
+        _show_plan(model, out, recipe, revision, device, output)
         return
-    if out is None:
-        raise click.UsageError("--out DIR is needed: where shall the result go?")
     from fp8kv.calibrate.pipeline import calibrate
     from fp8kv.demo import BUILTIN_DATASETS
 
+    on_interrupt(
+        f"{out} was not made; the same command goes on from its last snapshot, one every 30 s"
+    )
     with output.progress() as bars:
         result = calibrate(
             model,
@@ -93,7 +100,7 @@ def calibrate_command(
             builtin_datasets=BUILTIN_DATASETS,
             listener=bars,
         )
-    show_result(result, output)
+    show_result(result, recipe, output)
 
 
 def resolve_recipe(
@@ -104,10 +111,13 @@ def resolve_recipe(
     output: Output,
 ) -> Recipe:
     """Return the recipe with the command line laid over it."""
-    from fp8kv.recipes import default_recipe, load_recipe, override
+    from fp8kv.calibrate.formats.checkpoint import open_checkpoint
+    from fp8kv.recipes import default_recipe, find_recipe_for, load_recipe, override
 
+    # a hub id is downloaded here, while the hub client has the terminal to itself
+    checkpoint = open_checkpoint(model, revision)
     if recipe_name is None:
-        recipe_name = _fitting_recipe(model, revision)
+        recipe_name = find_recipe_for(checkpoint.config, source=model)
         if recipe_name is not None:
             output.say(f"recipe {recipe_name} fits this model; --recipe names another")
     recipe = default_recipe() if recipe_name is None else load_recipe(recipe_name)
@@ -120,32 +130,37 @@ def resolve_recipe(
     return override(recipe, overrides)
 
 
-def show_result(result: CalibrationResult, output: Output, *, print_path: bool = True) -> None:
+def show_result(
+    result: CalibrationResult, recipe: Recipe, output: Output, *, print_path: bool = True
+) -> None:
     """Show what a calibration found, and say where it lies and how to serve it."""
     from dataclasses import asdict
 
     from fp8kv.calibrate.pipeline import result_json
     from fp8kv.tables import (
         VERDICT_COLUMNS,
+        VERDICT_LEGEND,
         convergence_sentence,
-        effect_rows,
         verdict_rows,
         verdict_sentence,
+        verdict_title,
     )
 
-    output.table("KV cache", VERDICT_COLUMNS, verdict_rows(result.verdicts))
+    output.table(
+        verdict_title("KV cache", result.verdicts),
+        VERDICT_COLUMNS,
+        verdict_rows(result.verdicts),
+        VERDICT_LEGEND,
+    )
     for note in dict.fromkeys(verdict.note for verdict in result.verdicts if verdict.note):
         output.say(f"note: {note}")
     output.say(verdict_sentence(result.verdicts))
     output.say(convergence_sentence(result.curve))
-    if result.effects:
-        output.table("engines", ("engine", "scales", "why"), effect_rows(result.effects))
-        for effect in result.effects:
-            output.say(f"serve with {effect.serve.format(model=result.out)}")
     output.say(
         f"calibrated on {result.samples.num_tokens:,} tokens of {len(result.samples.samples):,} samples "
         f"in {result.seconds:.1f} s"
     )
+    show_effects(result.effects, result.out, recipe, output)
     if print_path:
         output.data(str(result.out))
     output.json(
@@ -160,11 +175,18 @@ def show_result(result: CalibrationResult, output: Output, *, print_path: bool =
     )
 
 
-def _fitting_recipe(model: str, revision: str | None) -> str | None:
-    from fp8kv.calibrate.formats.checkpoint import open_checkpoint
-    from fp8kv.recipes import find_recipe_for
+def show_effects(
+    effects: Sequence[TargetEffect], out: Path, recipe: Recipe, output: Output
+) -> None:
+    """Show what each engine does with the checkpoint in ``out``, and the commands that serve it."""
+    if not effects:
+        return
+    from fp8kv.tables import EFFECT_COLUMNS, effect_rows, serve_commands
 
-    return find_recipe_for(open_checkpoint(model, revision).config, source=model)
+    output.table("engines", EFFECT_COLUMNS, effect_rows(effects))
+    output.say("serve it with one of")
+    for command in serve_commands(effects, out, recipe):
+        output.say(f"  {command}")
 
 
 def _sources(datasets: tuple[str, ...]) -> list[dict[str, Any]] | None:
@@ -176,21 +198,21 @@ def _sources(datasets: tuple[str, ...]) -> list[dict[str, Any]] | None:
 
 
 def _show_plan(
-    model: str, recipe: Recipe, revision: str | None, device: str, output: Output
+    model: str,
+    out: Path | None,
+    recipe: Recipe,
+    revision: str | None,
+    device: str,
+    output: Output,
 ) -> None:
+    from fp8kv.calibrate.overlay.writer import check_output
     from fp8kv.calibrate.plan import estimate_seconds, plan_calibration
-    from fp8kv.tables import effect_rows
+    from fp8kv.tables import EFFECT_COLUMNS, effect_rows, plan_rows
 
     plan = plan_calibration(model, recipe, revision=revision, device=device)
+    if out is not None:
+        check_output(plan.checkpoint.path, out)
     facts = plan.to_json(round(estimate_seconds(plan), 1))
-    targets = facts.pop("targets")
-    rows = [[key.replace("_", " "), _show(value)] for key, value in facts.items()]
-    output.table("plan", ("what", "value"), rows)
-    output.table("engines", ("engine", "scales", "why"), effect_rows(plan.effects))
-    output.json({**facts, "targets": targets})
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    output.table("plan", ("what", "value"), plan_rows(facts, recipe))
+    output.table("engines", EFFECT_COLUMNS, effect_rows(plan.effects))
+    output.json(facts)

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from fp8kv.runtime.eval_report import EvalReport
 
 _SOURCE = "builtin:gsm-synth"
+_NUM_SAMPLES = 128
+_SEQ_LEN = 512
 
 
-@click.command("demo")
+@click.command("demo", short_help="See the whole job on two small embedded models.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -76,8 +78,8 @@ def _run_one(source: Path, out: Path, limit: int, device: str, output: Output) -
         {
             "name": "demo",
             "data.sources": [{"dataset": _SOURCE}],
-            "data.num_samples": 128,
-            "data.seq_len": 512,
+            "data.num_samples": _NUM_SAMPLES,
+            "data.seq_len": _SEQ_LEN,
         },
     )
     talk = Output(as_json=False, quiet=output.quiet or output.as_json)
@@ -90,7 +92,7 @@ def _run_one(source: Path, out: Path, limit: int, device: str, output: Output) -
             builtin_datasets=BUILTIN_DATASETS,
             listener=bars,
         )
-    show_result(result, talk, print_path=False)
+    show_result(result, recipe, talk, print_path=False)
     checks = validate(out, lambda path: absmax_by_layer(load_statistics(path)))
     findings = [check for check in checks if not check.passed]
     for check in findings:
@@ -109,7 +111,7 @@ def _run_one(source: Path, out: Path, limit: int, device: str, output: Output) -
 
 
 def _evaluate(directory: Path, limit: int, device: str, output: Output) -> EvalReport:
-    from fp8kv.commands.eval import read_questions
+    from fp8kv.commands.eval import read_questions, task_label
     from fp8kv.demo import TEST_DATA, TRAIN_DATA
     from fp8kv.runtime.gsm8k_eval import evaluate_gsm8k
 
@@ -120,7 +122,7 @@ def _evaluate(directory: Path, limit: int, device: str, output: Output) -> EvalR
             questions,
             limit=limit,
             device=device,
-            progress=lambda task, count: bars.add(task, count, limit),
+            progress=lambda task, count: bars.add(task_label(task), count, limit),
         )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from fp8kv.options import output_options
+from fp8kv.options import on_interrupt, output_options
 from fp8kv.output import Output
 from fp8kv.recipes import schema
 
@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from fp8kv.runtime.gsm8k_eval import Questions
 
 
-@click.command("eval")
+def _parse_arms(_ctx: click.Context, _param: click.Parameter, value: str) -> list[str]:
+    from fp8kv.runtime.eval_report import ARMS
+
+    arms = [arm.strip() for arm in value.split(",")]
+    for arm in arms:
+        if arm not in ARMS:
+            raise click.BadParameter(f"{arm!r} is no arm; known: {', '.join(ARMS)}")
+    if len(set(arms)) != len(arms):
+        raise click.BadParameter("an arm is named twice")
+    return arms
+
+
+@click.command("eval", short_help="Compare FP8 caches with the unquantised one.")
 @click.argument("model")
 @click.option("--revision", help="Revision of a hub id.")
 @click.option("--gsm8k", is_flag=True, help="GSM8K's test split, shots from its train split.")
@@ -29,6 +41,7 @@ if TYPE_CHECKING:
     "--arms",
     default="bf16,fp8-unit,fp8",
     show_default=True,
+    callback=_parse_arms,
     help="Ways to hold the cache: unquantised, FP8 at scale 1.0, FP8 at the checkpoint's scales.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
@@ -54,7 +67,7 @@ def eval_command(
     gsm8k: bool,
     data_path: str | None,
     shots_path: str | None,
-    arms: str,
+    arms: list[str],
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -66,23 +79,34 @@ def eval_command(
     """
     if gsm8k == (data_path is not None):
         raise click.UsageError("say what to evaluate on: either --gsm8k or --data FILE")
+    if gsm8k and shots_path is not None:
+        raise click.UsageError("--shots goes with --data; --gsm8k takes them from its train split")
+    from fp8kv.calibrate.formats.checkpoint import open_checkpoint
     from fp8kv.runtime.eval_markdown import to_markdown
     from fp8kv.runtime.gsm8k_eval import evaluate_gsm8k
 
     output = Output(as_json=as_json, quiet=quiet)
+    # a hub id is downloaded here, while the hub client has the terminal to itself
+    open_checkpoint(model, options["revision"])
     questions = _gsm8k() if data_path is None else read_questions(data_path, shots_path)
-    chosen = [arm.strip() for arm in arms.split(",") if arm.strip()]
     total = min(options["limit"] or len(questions.problems), len(questions.problems))
+    if options["samples"] is not None:
+        on_interrupt("the same command goes on with the answers that are missing in --samples")
     with output.progress() as bars:
         report: EvalReport = evaluate_gsm8k(
             model,
             questions,
-            arms=chosen,
-            progress=lambda task, count: bars.add(task, count, total),
+            arms=arms,
+            progress=lambda task, count: bars.add(task_label(task), count, total),
             **options,
         )
     output.data(to_markdown(report))
     output.json(report.to_json())
+
+
+def task_label(task: str) -> str:
+    """Return what a progress bar calls a task of an evaluation."""
+    return "reference answers, all arms" if task == "agreement" else f"answers with {task}"
 
 
 def read_questions(data_path: str, shots_path: str | None) -> Questions:

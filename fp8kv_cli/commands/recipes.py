@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from fp8kv.options import output_options
@@ -16,9 +18,10 @@ def recipes_group() -> None:
 @recipes_group.command("list")
 @output_options
 def list_command(as_json: bool, quiet: bool) -> None:
-    """List the built-in recipes."""
+    """List the built-in recipes; into a pipe, their names alone."""
     from fp8kv.recipes import list_recipes, load_recipe
 
+    quiet = quiet or not sys.stdout.isatty()
     output = Output(as_json=as_json, quiet=quiet)
     recipes = [load_recipe(name) for name in list_recipes()]
     output.table(
@@ -44,25 +47,36 @@ def list_command(as_json: bool, quiet: bool) -> None:
 
 @recipes_group.command("show")
 @click.argument("recipe")
-def show_command(recipe: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="As JSON, every default spelled out.")
+def show_command(recipe: str, as_json: bool) -> None:
     """Print RECIPE, a built-in name or a file, as it is written."""
-    from fp8kv.recipes import load_recipe, recipe_text
+    from fp8kv.recipes import load_recipe, recipe_content, recipe_text
 
-    load_recipe(recipe)
-    click.echo(recipe_text(recipe), nl=False)
+    content = recipe_content(load_recipe(recipe))
+    if as_json:
+        Output(as_json=True).json(content)
+    else:
+        click.echo(recipe_text(recipe), nl=False)
 
 
 @recipes_group.command("check")
 @click.argument("recipe")
 @click.option("--model", help="Also check its model facts against this checkpoint.")
 @click.option("--revision", help="Revision of a hub id.")
-def check_command(recipe: str, model: str | None, revision: str | None) -> None:
+@output_options
+def check_command(
+    recipe: str, model: str | None, revision: str | None, as_json: bool, quiet: bool
+) -> None:
     """Check RECIPE, a built-in name or a file, against the schema."""
     from fp8kv.recipes import check_model, load_recipe, recipe_digest
 
+    output = Output(as_json=as_json, quiet=quiet)
     loaded = load_recipe(recipe)
     if model is not None:
         from fp8kv.calibrate.formats.checkpoint import open_checkpoint
 
         check_model(loaded, open_checkpoint(model, revision).config)
-    click.echo(f"{loaded.name}: ok, sha256 {recipe_digest(loaded)}")
+    digest = recipe_digest(loaded)
+    if not quiet:
+        output.data(f"{loaded.name}: ok, sha256 {digest}")
+    output.json({"name": loaded.name, "model": model, "sha256": digest})

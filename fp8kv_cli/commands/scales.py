@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fp8kv.options import (
 from fp8kv.output import Output
 
 
-@click.command("scales")
+@click.command("scales", short_help="Derive other scales from statistics.")
 @click.option(
     "--from",
     "stats_path",
@@ -56,8 +57,15 @@ def scales_command(
     from fp8kv.calibrate.pipeline import result_json, write_from_statistics
     from fp8kv.calibrate.stats_file import load_statistics
     from fp8kv.calibrate.verdicts import convergence, judge
+    from fp8kv.commands.calibrate import show_effects
     from fp8kv.recipes import default_recipe, load_recipe, override
-    from fp8kv.tables import VERDICT_COLUMNS, effect_rows, verdict_rows
+    from fp8kv.tables import (
+        VERDICT_COLUMNS,
+        VERDICT_LEGEND,
+        verdict_rows,
+        verdict_sentence,
+        verdict_title,
+    )
 
     output = Output(as_json=as_json, quiet=quiet)
     recipe = override(
@@ -67,7 +75,14 @@ def scales_command(
     stats = load_statistics(stats_path)
     scales = derive_scales(stats, recipe.scales)
     verdicts = judge(stats, scales)
-    output.table(f"KV cache of {stats.provenance.model}", VERDICT_COLUMNS, verdict_rows(verdicts))
+    output.table(
+        verdict_title(f"KV cache of {stats.provenance.model}", verdicts),
+        VERDICT_COLUMNS,
+        verdict_rows(verdicts),
+        VERDICT_LEGEND,
+    )
+    output.say(verdict_sentence(verdicts))
+    written: dict[str, Any] = {}
     if model is not None and out is not None:
         effects = write_from_statistics(
             stats,
@@ -79,6 +94,7 @@ def scales_command(
             revision=revision,
             link=link,  # type: ignore[arg-type]
         )
-        output.table("engines", ("engine", "scales", "why"), effect_rows(effects))
+        show_effects(effects, out, recipe, output)
         output.data(str(out))
-    output.json(result_json(scales, verdicts, convergence(stats, recipe.scales)))
+        written = {"out": str(out), "targets": [asdict(effect) for effect in effects]}
+    output.json({**written, **result_json(scales, verdicts, convergence(stats, recipe.scales))})

@@ -11,7 +11,17 @@ from fp8kv.options import output_options
 from fp8kv.output import Output
 
 
-@click.command("validate")
+class _ListsChecks(click.Command):
+    """A command whose help lists the checks; they are looked up when somebody asks."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from fp8kv.calibrate.validation.validate import describe_checks
+
+        with formatter.section("Checks"):
+            formatter.write_dl(describe_checks())
+
+
+@click.command("validate", cls=_ListsChecks, short_help="Check the KV scales of a checkpoint.")
 @click.argument("directory", type=click.Path(path_type=Path))
 @output_options
 @click.pass_context

@@ -1,3 +1,5 @@
+"""The embedded models: their published layout, and that the script still makes them."""
+
 import importlib.util
 import json
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""The evaluation as Markdown: golden form, signs, and safe quoting."""
+
 import dataclasses
 import json
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""The evaluation report: its schema, its JSON form, and what it refuses."""
+
 import copy
 import dataclasses
 import json

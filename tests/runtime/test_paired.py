@@ -1,3 +1,5 @@
+"""Paired statistics: McNemar's exact test and the bootstrap, against independent references."""
+
 import itertools
 import math
 

@@ -1,3 +1,5 @@
+"""Opening checkpoints: what is read, and every kind of broken, unsafe or missing file."""
+
 import json
 import struct
 

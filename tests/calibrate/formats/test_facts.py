@@ -1,3 +1,5 @@
+"""Model facts from config and tensor names, for every architecture that is known."""
+
 import json
 
 import pytest

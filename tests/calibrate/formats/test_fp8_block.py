@@ -1,3 +1,5 @@
+"""FP8 block quantisation: shapes, ragged blocks, and one rounding only."""
+
 import pytest
 import torch
 from hypothesis import given, settings

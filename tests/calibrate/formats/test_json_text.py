@@ -1,3 +1,5 @@
+"""Reading JSON with errors that name the file."""
+
 import pytest
 
 from fp8kv.calibrate.formats.json_text import parse_object, read_object, show

@@ -1,3 +1,5 @@
+"""KV scales are found under every name that somebody writes."""
+
 import json
 
 import pytest

@@ -1,3 +1,5 @@
+"""Safetensors headers: golden bytes, and the refusal of damaged and hostile ones."""
+
 import hashlib
 import json
 import os

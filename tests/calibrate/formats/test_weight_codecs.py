@@ -1,3 +1,5 @@
+"""Decoding of INT4 and FP8 weights against independent references."""
+
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,3 +1,5 @@
+"""Quantised checkpoints become plain weights."""
+
 import json
 
 import pytest
