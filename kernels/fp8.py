@@ -79,8 +79,10 @@ def quantize(x: Tensor, scale: Tensor | float, fmt: Fp8Format) -> Tensor:
     Returns:
         A tensor like ``x`` of dtype ``fmt.dtype``.
     """
+    # A plain number would be turned into a reciprocal on a GPU; a tensor on the device is divided by.
+    divisor = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
     # Clamp first: what a cast does above the largest value differs between torch versions and devices.
-    return (x.float() / scale).clamp(-fmt.max, fmt.max).to(fmt.dtype)
+    return (x.float() / divisor).clamp(-fmt.max, fmt.max).to(fmt.dtype)
 
 
 def dequantize(codes: Tensor, scale: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:

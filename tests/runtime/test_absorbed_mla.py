@@ -81,22 +81,24 @@ def test_decoding_expands_nothing(mla, monkeypatch):
     assert calls == [20] * len(attention_modules(mla)), "the prompt alone, once a layer"
 
 
-def test_the_wider_value_of_the_prompt_is_cut_back(mla, monkeypatch):
+def test_a_prompt_runs_in_one_width_for_torchs_flash_kernel(deepseek, monkeypatch):
     seen = []
     original = absorbed_module.sdpa_attention_forward
 
     def spy(module, query, key, value, *arguments, **keywords):
-        seen.append((query.shape[-1], value.shape[-1]))
+        seen.append((query.shape[-1], key.shape[-1], value.shape[-1]))
         return original(module, query, key, value, *arguments, **keywords)
 
     monkeypatch.setattr(absorbed_module, "sdpa_attention_forward", spy)
-    for module in attention_modules(mla):
-        assert module.v_head_dim <= module.qk_head_dim
-    with absorbed_mla(mla):
-        decode(mla, prompt_tokens=20)
+    module = attention_modules(deepseek.model)[0]
+    assert module.v_head_dim < module.qk_head_dim
+    expected = decode(deepseek.model, 20)
 
-    assert seen
-    assert all(query == value for query, value in seen), "one width, for torch's flash kernel"
+    with absorbed_mla(deepseek.model):
+        found = decode(deepseek.model, 20)
+
+    assert set(seen) == {(module.qk_head_dim,) * 3}
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_model_is_as_before_afterwards(mla):

@@ -8,7 +8,7 @@ from fp8kv.recipes.errors import EvaluationError
 from fp8kv.runtime import evaluation
 from fp8kv.runtime.emulated_cache import CacheMode, fp8_at_unit_scale, unquantised
 from fp8kv.runtime.evaluation import EvaluationTask, run_arms, stop_strings
-from fp8kv.runtime.gsm8k import STOPS, build_prompts, load_problems, score
+from fp8kv.runtime.gsm8k import STOPS, build_prompts, load_problems
 from fp8kv.runtime.samples import SampleLog
 
 
@@ -63,17 +63,21 @@ def test_a_bad_cache_shows_beside_the_baseline(request, task, fixture):
 
 
 def test_problems_keep_their_order_whatever_order_they_run_in(minimax, task, monkeypatch):
+    lengths = [len(prompt) for prompt in task.prompts]
+    assert lengths != sorted(lengths), "they run in another order"
+    known = dict(zip(task.prompts, task.problems, strict=True))
+
     def answer(model, tokenizer, prompts, **keywords):
-        return [f" {prompt[-30:-8]} #### 1 Question: and more" for prompt in prompts]
+        return [f" {known[prompt].answer} Question: and more" for prompt in prompts]
 
     monkeypatch.setattr(evaluation, "generate_greedy", answer)
     log = _Memory()
 
     _, scores = run(minimax, [unquantised()], task, log=log)
 
-    for index, (prompt, problem) in enumerate(zip(task.prompts, task.problems, strict=True)):
-        assert log.texts["bf16", index] == f" {prompt[-30:-8]} #### 1 ", "cut at the stop string"
-        assert scores["bf16"][index] == score(log.texts["bf16", index], problem)
+    assert [score.strict for score in scores["bf16"]] == [True] * len(task.problems)
+    for index, problem in enumerate(task.problems):
+        assert log.texts["bf16", index] == f" {problem.answer} ", "cut at the stop string"
 
 
 def test_without_a_baseline_there_is_no_agreement(minimax, task):
@@ -99,10 +103,18 @@ def test_an_interrupted_run_generates_only_what_is_missing(minimax, task, genera
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + lines[1][:20])
     generated.clear()
+    told = []
 
-    results, _ = run(minimax, [unquantised()], task, log=SampleLog(path, "run"))
+    results, _ = run(
+        minimax,
+        [unquantised()],
+        task,
+        log=SampleLog(path, "run"),
+        progress=lambda name, count: told.append(count) if name == "bf16" else None,
+    )
 
     assert len(generated) == 2
+    assert told == [1, 2], "the answer that was there, then the others"
     assert dataclasses.replace(results["bf16"], seconds=0) == dataclasses.replace(
         whole["bf16"], seconds=0
     )
