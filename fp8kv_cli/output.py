@@ -102,7 +102,7 @@ class Output:
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Turn transformers' warnings and progress bars off: what a user must know, the commands say."""
-    from huggingface_hub.utils import are_progress_bars_disabled
+    from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

@@ -28,7 +28,7 @@ _SEQ_LEN = 512
 @click.option(
     "--limit",
     type=click.IntRange(min=1, max=500),
-    default=32,
+    default=16,
     show_default=True,
     help="Problems per model and arm.",
 )
@@ -37,7 +37,7 @@ _SEQ_LEN = 512
 def demo_command(out: Path | None, limit: int, device: str, as_json: bool, quiet: bool) -> None:
     """Show the whole job on two small trained models: calibrate, write, validate, evaluate.
 
-    Needs no network, no GPU and about three minutes. The models answer templated word problems in GSM8K's
+    Needs no network, no GPU and two to three minutes. The models answer templated word problems in GSM8K's
     format; one has the MiniMax-M2 architecture (GQA), one the DeepSeek-V3 architecture (MLA).
     """
     from fp8kv.demo import MODELS

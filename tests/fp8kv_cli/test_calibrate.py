@@ -1,3 +1,5 @@
+"""``fp8kv calibrate``: what it writes, says and passes on."""
+
 import json
 
 import pytest

@@ -1,3 +1,5 @@
+"""``fp8kv demo``, with few problems."""
+
 import json
 
 import pytest

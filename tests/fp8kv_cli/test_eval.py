@@ -1,3 +1,5 @@
+"""``fp8kv eval``: arms, output and refusals."""
+
 import json
 
 import pytest

@@ -1,3 +1,5 @@
+"""``fp8kv inspect`` on our own and on foreign checkpoints."""
+
 import json
 
 import safetensors.torch

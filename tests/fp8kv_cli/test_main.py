@@ -1,3 +1,5 @@
+"""The program as a whole: help, exit statuses, errors, interruptions."""
+
 import os
 import subprocess
 import sys

@@ -1,3 +1,6 @@
+"""What goes to stdout and what to stderr."""
+
+import contextlib
 import io
 import json
 import sys
@@ -108,8 +111,8 @@ def test_no_color_is_honoured(monkeypatch):
 
     monkeypatch.delenv("NO_COLOR")
     file = draw(monkeypatch, terminal=True, color_system="standard")
-    Output().table("t", ["verdict"], [["clip"]])
-    assert "31m" in file.getvalue(), "red, where colours are wanted"
+    Output().table("t", ["verdict"], [["clip"], ["flat"]])
+    assert file.getvalue().count("31m") == 1, "red, where colours are wanted, and nothing else"
 
 
 @pytest.mark.parametrize("options", [{"quiet": True}, {"as_json": True}])
@@ -148,15 +151,35 @@ def test_while_work_is_shown_stdout_is_kept_clean(capsys):
     assert capsys.readouterr() == ("", "from a library\n")
 
 
-def test_libraries_are_quiet_only_meanwhile():
+@pytest.fixture
+def talkative():
+    """Transformers' own logging module, with everything on."""
     from transformers.utils import logging
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with Output(quiet=True).progress():
-        assert logging.get_verbosity() == logging.ERROR
-        assert not logging.is_progress_bar_enabled()
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    yield logging
+    logging.set_verbosity(before[0])
+    (logging.enable_progress_bar if before[1] else logging.disable_progress_bar)()
 
-    with pytest.raises(KeyError), Output(quiet=True).progress():
-        raise KeyError
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_libraries_are_quiet_only_meanwhile(talkative, error):
+    with contextlib.suppress(KeyError), Output(quiet=True).progress():
+        assert talkative.get_verbosity() == talkative.ERROR
+        assert not talkative.is_progress_bar_enabled()
+        if error is not None:
+            raise error
+
+    assert talkative.get_verbosity() == talkative.INFO
+    assert talkative.is_progress_bar_enabled()
+
+
+def test_libraries_that_were_quiet_stay_quiet(talkative):
+    talkative.disable_progress_bar()
+
+    with Output(quiet=True).progress():
+        pass
+
+    assert not talkative.is_progress_bar_enabled()

@@ -1,3 +1,5 @@
+"""Progress on a terminal and elsewhere."""
+
 import io
 import re
 
@@ -71,7 +73,8 @@ def test_on_a_terminal_bars_count():
     for uncounted in (load, write):
         assert "?" not in uncounted
         assert "/" not in uncounted
-        assert uncounted.count("━") > 20, "a full bar"
+        assert uncounted.count("━") > 20
+        assert re.search(r"\d:\d\d:\d\d$", uncounted), "finished: it says how long it took"
 
 
 def test_a_stage_that_failed_leaves_no_full_bar():

@@ -1,3 +1,5 @@
+"""``fp8kv recipes``."""
+
 import json
 
 import pytest

@@ -1,3 +1,5 @@
+"""``fp8kv scales``: other scales from the same statistics."""
+
 import json
 
 import pytest

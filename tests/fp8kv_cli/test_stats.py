@@ -1,3 +1,5 @@
+"""``fp8kv stats merge``."""
+
 import json
 
 import pytest

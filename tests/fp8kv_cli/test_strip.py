@@ -1,3 +1,5 @@
+"""``fp8kv strip``."""
+
 import json
 
 import pytest

@@ -1,3 +1,5 @@
+"""Rows and sentences of the tables."""
+
 import shlex
 from pathlib import Path
 

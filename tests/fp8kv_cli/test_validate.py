@@ -1,3 +1,5 @@
+"""``fp8kv validate``: one line per check, and the exit status."""
+
 import json
 
 import pytest

@@ -1,3 +1,5 @@
+"""Absorbed decoding equals transformers' own expansion."""
+
 import pytest
 import torch
 from torch import nn

@@ -1,3 +1,5 @@
+"""An emulated cache gives back what an FP8 cache would."""
+
 import dataclasses
 import re
 import shutil

@@ -1,3 +1,5 @@
+"""Running arms on the same problems."""
+
 import dataclasses
 
 import pytest

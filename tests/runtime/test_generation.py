@@ -1,3 +1,5 @@
+"""Greedy generation and its stops."""
+
 import copy
 
 import pytest

@@ -1,3 +1,5 @@
+"""A whole evaluation of a checkpoint."""
+
 import dataclasses
 import shutil
 

@@ -1,3 +1,5 @@
+"""The log of answers, and going on from it."""
+
 import json
 
 import pytest

@@ -1,3 +1,5 @@
+"""Logits on reference answers."""
+
 import pytest
 import torch
 
