@@ -14,6 +14,9 @@ export PYTHONSAFEPATH := 1
 demo: $(VENV)/.demo
 	$(BIN)/fp8kv demo
 
+# the models of the tests are tiny: more than one thread costs more than it gives
+test coverage: export OMP_NUM_THREADS := 1
+
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
