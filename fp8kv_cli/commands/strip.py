@@ -90,5 +90,7 @@ def _warn(statistics: Path, output: Output, *, ask: bool) -> None:
     if not statistics.is_file():
         return
     output.say(f"warning: {statistics} is deleted too; --keep-stats FILE keeps it")
-    if ask and not output.quiet and sys.stdin.isatty():
-        click.confirm("go on?", abort=True, err=True)
+    asked = ask and not output.quiet and sys.stdin.isatty()
+    if asked and not click.confirm("go on?", err=True):
+        output.say("nothing was changed")
+        raise click.Abort
