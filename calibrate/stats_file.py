@@ -25,6 +25,7 @@ from fp8kv.calibrate.statistics import (
     LayerStatistics,
     Provenance,
     StreamStatistics,
+    absmax_by_layer,
 )
 from fp8kv.recipes.errors import OutputError, StatisticsError
 
@@ -133,6 +134,15 @@ def load_statistics(path: Path) -> KVStatistics:
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StatisticsError(f"{path} is damaged: {error!r}") from error
+
+
+def read_absmax(path: Path) -> dict[str, tuple[float, float]]:
+    """Return :func:`~fp8kv.calibrate.statistics.absmax_by_layer` of a statistics file, as ``validate`` asks for it.
+
+    Raises:
+        StatisticsError: as :func:`load_statistics`.
+    """
+    return absmax_by_layer(load_statistics(path))
 
 
 def load_extra(path: Path) -> dict[str, Any]:

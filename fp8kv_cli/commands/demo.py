@@ -66,8 +66,7 @@ def demo_command(out: Path | None, limit: int, device: str, as_json: bool, quiet
 
 def _run_one(source: Path, out: Path, limit: int, device: str, output: Output) -> dict[str, Any]:
     from fp8kv.calibrate.pipeline import calibrate
-    from fp8kv.calibrate.statistics import absmax_by_layer
-    from fp8kv.calibrate.stats_file import load_statistics
+    from fp8kv.calibrate.stats_file import read_absmax
     from fp8kv.calibrate.validation.validate import validate
     from fp8kv.commands.calibrate import show_result
     from fp8kv.demo import BUILTIN_DATASETS
@@ -93,7 +92,7 @@ def _run_one(source: Path, out: Path, limit: int, device: str, output: Output) -
             listener=bars,
         )
     show_result(result, recipe, talk, print_path=False)
-    checks = validate(out, lambda path: absmax_by_layer(load_statistics(path)))
+    checks = validate(out, read_absmax)
     findings = [check for check in checks if not check.passed]
     for check in findings:
         output.say(f"FAIL {check.name}: {check.detail}")

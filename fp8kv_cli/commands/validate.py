@@ -30,12 +30,11 @@ def validate_command(ctx: click.Context, directory: Path, as_json: bool, quiet: 
 
     Exit status: 0 clean, 1 findings, 2 usage, 3 could not be checked.
     """
-    from fp8kv.calibrate.statistics import absmax_by_layer
-    from fp8kv.calibrate.stats_file import load_statistics
+    from fp8kv.calibrate.stats_file import read_absmax
     from fp8kv.calibrate.validation.validate import validate
 
     output = Output(as_json=as_json, quiet=quiet)
-    checks = validate(directory, lambda path: absmax_by_layer(load_statistics(path)))
+    checks = validate(directory, read_absmax)
     for check in checks:
         if not quiet:
             output.data(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}")
