@@ -1,0 +1,152 @@
+"""Device functions that the kernels share: an exact division by a scale, and FP8 codes from float32.
+
+The contract of every kernel that writes codes: ``code = round(clamp(x / scale))``, the division rounded as IEEE 754
+asks, the cast to nearest even, NaN kept. It is met in two ways that give the same bits:
+
+- *native*: the GPU's own conversion, where it has one for the format;
+- *integer*: the code is put together from the bits of the float32. It serves GPUs and formats without a conversion
+  (E4M3 before compute capability 8.9, the ``fnuz`` format on NVIDIA), and Triton's interpreter, whose FP8 cast is wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+from fp8kv.kernels.fp8 import FORMATS, Fp8Format
+
+
+@dataclass(frozen=True)
+class CastPlan:
+    """The compile-time facts that the device functions below need, for one format on one device.
+
+    Attributes:
+        native: whether the GPU's conversion instruction is used.
+        exact_fma: whether ``tl.fma`` rounds once; it does on GPUs, and does not in Triton's interpreter.
+        max_bits: the bits, as float32, of the largest finite magnitude.
+        mantissa_bits: explicit bits of the significand.
+        min_exponent: exponent of the smallest normal number.
+        nan_code: the code for NaN.
+        e5m2: whether the native conversion goes to E5M2 rather than to E4M3.
+        signed_zero: whether -0.0 has a code of its own; in ``fnuz`` formats that code is NaN.
+    """
+
+    native: bool
+    exact_fma: bool
+    max_bits: int
+    mantissa_bits: int
+    min_exponent: int
+    nan_code: int
+    e5m2: bool
+    signed_zero: bool
+
+    def constants(self) -> dict[str, int | bool]:
+        """Return the keyword arguments that a kernel passes on to :func:`encode` and :func:`divide`."""
+        return {
+            "NATIVE": self.native,
+            "EXACT_FMA": self.exact_fma,
+            "MAX_BITS": self.max_bits,
+            "MANTISSA_BITS": self.mantissa_bits,
+            "MIN_EXPONENT": self.min_exponent,
+            "NAN_CODE": self.nan_code,
+            "E5M2": self.e5m2,
+            "SIGNED_ZERO": self.signed_zero,
+        }
+
+
+def plan_cast(dtype: torch.dtype, device: torch.device) -> CastPlan:
+    """Return how codes of ``dtype`` are made on ``device``.
+
+    Raises:
+        KeyError: ``dtype`` is no FP8 format of :data:`fp8kv.kernels.fp8.FORMATS`.
+    """
+    fmt = {fmt.dtype: fmt for fmt in FORMATS.values()}[dtype]
+    interpreted = bool(knobs.runtime.interpret)
+    fnuz = fmt.name.endswith("fnuz")
+    return CastPlan(
+        native=not interpreted and not fnuz and _converts(fmt, device),
+        exact_fma=not interpreted,
+        max_bits=_float_bits(fmt.max),
+        mantissa_bits=fmt.mantissa_bits,
+        min_exponent=round(torch.log2(torch.tensor(fmt.smallest_normal)).item()),
+        nan_code=0x80 if fnuz else 0x7F,
+        e5m2=fmt.name == "e5m2",
+        signed_zero=not fnuz,
+    )
+
+
+@triton.jit
+def divide(x, scale, reciprocal, EXACT_FMA: tl.constexpr):
+    """Return ``x / scale`` in float32, rounded once, given ``reciprocal = 1 / scale`` rounded once.
+
+    One multiplication and two fused multiply-adds in place of the eight or more instructions of an IEEE division: the
+    residual ``x - q * scale`` is exact, and corrects the quotient (P. Markstein, "Computation of elementary functions
+    on the IBM RISC System/6000 processor", 1990). Quotients past 2^20 saturate in every format and stay uncorrected,
+    which also keeps infinities and NaN as they are. Holds for scales from 2^-100 to 2^100.
+    """
+    if EXACT_FMA:
+        quotient = x * reciprocal
+        residual = tl.fma(-quotient, scale, x)
+        corrected = tl.fma(residual, reciprocal, quotient)
+        result = tl.where(tl.abs(quotient) < 1048576.0, corrected, quotient)
+    else:
+        result = x / scale
+    return result
+
+
+@triton.jit
+def encode(
+    x,
+    NATIVE: tl.constexpr,
+    MAX_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    MIN_EXPONENT: tl.constexpr,
+    NAN_CODE: tl.constexpr,
+    E5M2: tl.constexpr,
+    SIGNED_ZERO: tl.constexpr,
+):
+    """Return the FP8 codes of float32 ``x`` as uint8: saturated, rounded to nearest even, NaN kept."""
+    if NATIVE:
+        if E5M2:
+            codes = x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+        else:
+            codes = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        is_nan = magnitude > 0x7F800000
+        magnitude = tl.minimum(magnitude, MAX_BITS)
+        # Adding 1.5 * 2^(exponent + 23 - MANTISSA_BITS) leaves no bits of the sum for what lies below the format's
+        # last place, so the addition itself rounds to nearest even; the subtraction gives the rounded value back.
+        smallest_normal: tl.constexpr = (MIN_EXPONENT + 127) << 23
+        exponent = tl.maximum(magnitude & 0x7F800000, smallest_normal)
+        magic = (exponent + ((23 - MANTISSA_BITS) << 23)).to(tl.float32, bitcast=True) * 1.5
+        rounded = (magnitude.to(tl.float32, bitcast=True) + magic) - magic
+        rounded_bits = rounded.to(tl.int32, bitcast=True)
+        normal = (rounded_bits >> (23 - MANTISSA_BITS)) - ((MIN_EXPONENT + 126) << MANTISSA_BITS)
+        subnormal_step: tl.constexpr = (MANTISSA_BITS - MIN_EXPONENT + 127) << 23
+        steps = tl.full(x.shape, subnormal_step, tl.int32).to(tl.float32, bitcast=True)
+        subnormal = (rounded * steps).to(tl.int32)
+        codes32 = tl.where(rounded_bits >= smallest_normal, normal, subnormal)
+        sign = (bits >> 24) & 0x80
+        if SIGNED_ZERO:
+            codes32 = codes32 | sign
+        else:
+            codes32 = tl.where(codes32 > 0, codes32 | sign, codes32)
+        codes = tl.where(is_nan, NAN_CODE, codes32).to(tl.uint8)
+    return codes
+
+
+def _converts(fmt: Fp8Format, device: torch.device) -> bool:
+    """Say whether the GPU has an instruction that converts float32 to ``fmt``."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _float_bits(value: float) -> int:
+    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32).item())
