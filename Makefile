@@ -3,13 +3,16 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# a Python that has fp8kv already, in place of $(VENV): make gpu-test BIN_PYTHON=python3
+BIN_PYTHON ?= $(BIN)/python
 ROOMS  := fp8kv_cli calibrate runtime kernels recipes
+NEEDS_GPU = $(BIN_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make $@ needs a CUDA GPU, and torch " + torch.__version__ + " finds none here. make test needs none.")'
 SOURCES := $(shell find $(ROOMS) -name '*.py' -o -name '*.yaml')
 
 # the repository root holds a folder called `kernels`, which must not shadow the distribution of that name
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint format typecheck coverage clean
+.PHONY: demo test lint format typecheck coverage gpu-test bench tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fp8kv demo
@@ -28,6 +31,22 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+ifeq ($(BIN_PYTHON),$(BIN)/python)
+gpu-test bench: $(VENV)/.test
+endif
+
+gpu-test:
+	@$(NEEDS_GPU)
+	$(BIN_PYTHON) -m pytest -m gpu tests/kernels tests/calibrate $(PYTEST_ARGS)
+
+bench: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+bench:
+	@$(NEEDS_GPU)
+	$(BIN_PYTHON) -m benchmarks.kernels.run --out benchmarks/results $(BENCH_ARGS)
+
+tables:
+	$(PYTHON) benchmarks/kernels/table.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -92,6 +92,8 @@ def require_scale(argument: str, scale: Tensor, heads: int | None) -> None:
             list(scale.shape),
             f"of {elements} elements in one dimension",
         )
+    if scale.numel() > 1 and scale.stride(0) != 1:
+        raise KernelArgumentError(f"the stride of {argument}", scale.stride(0), 1)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -10,6 +10,7 @@ asks, the cast to nearest even, NaN kept. It is met in two ways that give the sa
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,7 @@ class CastPlan:
         }
 
 
+@functools.cache
 def plan_cast(dtype: torch.dtype, device: torch.device) -> CastPlan:
     """Return how codes of ``dtype`` are made on ``device``.
 
@@ -84,15 +86,16 @@ def divide(x, scale, reciprocal, EXACT_FMA: tl.constexpr):
     """Return ``x / scale`` in float32, rounded once, given ``reciprocal = 1 / scale`` rounded once.
 
     One multiplication and two fused multiply-adds in place of the eight or more instructions of an IEEE division: the
-    residual ``x - q * scale`` is exact, and corrects the quotient (P. Markstein, "Computation of elementary functions
-    on the IBM RISC System/6000 processor", 1990). Quotients past 2^20 saturate in every format and stay uncorrected,
-    which also keeps infinities and NaN as they are. Holds for scales from 2^-100 to 2^100.
+    excess ``q * scale - x`` is exact, and corrects the quotient (P. Markstein, "Computation of elementary functions
+    on the IBM RISC System/6000 processor", 1990). Holds for scales from 2^-86 to 2^99 and quotients up to 2^20;
+    those above come out larger than any format's maximum, with their sign.
     """
     if EXACT_FMA:
-        quotient = x * reciprocal
-        residual = tl.fma(-quotient, scale, x)
-        corrected = tl.fma(residual, reciprocal, quotient)
-        result = tl.where(tl.abs(quotient) < 1048576.0, corrected, quotient)
+        # the bound keeps the excess finite; a NaN that it drops comes back with x in the excess
+        quotient = tl.clamp(x * reciprocal, -1048576.0, 1048576.0)
+        # a product with -1 is free and keeps the sign of zero; the unary minus is 0 - x here, and loses it
+        excess = tl.fma(quotient, scale, x * -1.0)
+        result = tl.fma(excess, reciprocal * -1.0, quotient)
     else:
         result = x / scale
     return result

@@ -32,6 +32,16 @@ class Loaded:
     tokenizer: Any
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked ``gpu`` where there is none; where there is one, the kernels' tests all use it."""
+    for item in items:
+        if not HAS_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        elif HAS_GPU and item.path.parent.name == "kernels" and item.path.stem != "test_compile":
+            item.add_marker("gpu")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that takes ``architecture`` once for each of the tiny models."""
     own = [str(mark.args[0]) for mark in metafunc.definition.iter_markers("parametrize")]
