@@ -17,7 +17,7 @@ TARGETS_US = {1: 2.1, 64: 2.1, 1024: 3.0, 8192: 13.5}
 def cases() -> list[Case]:
     """Return all shapes."""
     rows = [_case(tokens, Target(time_us=target)) for tokens, target in TARGETS_US.items()]
-    return rows + [_case(tokens, None, pdl=True) for tokens in (1, 64)]
+    return rows + [_case(tokens, None, pdl=True) for tokens in TARGETS_US]
 
 
 def _case(tokens: int, target: Target | None, pdl: bool = False) -> Case:

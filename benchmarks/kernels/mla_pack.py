@@ -20,7 +20,7 @@ def cases() -> list[Case]:
         _case(tokens, None if target is None else Target(time_us=target))
         for tokens, target in TARGETS_US.items()
     ]
-    return rows + [_case(tokens, None, pdl=True) for tokens in (1, 64)]
+    return rows + [_case(tokens, None, pdl=True) for tokens in TARGETS_US]
 
 
 def _case(tokens: int, target: Target | None, pdl: bool = False) -> Case:
