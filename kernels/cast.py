@@ -3,9 +3,10 @@
 The contract of every kernel that writes codes: ``code = round(clamp(x / scale))``, the division rounded as IEEE 754
 asks, the cast to nearest even, NaN kept. It is met in two ways that give the same bits:
 
-- *native*: the GPU's own conversion, where it has one for the format;
+- *native*: the GPU's own conversion, where it has one for the format that rounds once;
 - *integer*: the code is put together from the bits of the float32. It serves GPUs and formats without a conversion
-  (E4M3 before compute capability 8.9, the ``fnuz`` format on NVIDIA), and Triton's interpreter, whose FP8 cast is wrong.
+  (the ``fnuz`` format on NVIDIA; any before compute capability 9.0: at 8.9 the compiler rounds to FP16 on the way), and
+  Triton's interpreter, whose FP8 cast is wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from fp8kv.kernels.fp8 import FORMATS, Fp8Format
+from fp8kv.kernels.fp8 import FORMATS
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def plan_cast(dtype: torch.dtype, device: torch.device) -> CastPlan:
     interpreted = bool(knobs.runtime.interpret)
     fnuz = fmt.name.endswith("fnuz")
     return CastPlan(
-        native=not interpreted and not fnuz and _converts(fmt, device),
+        native=not interpreted and not fnuz and _capability(device) >= (9, 0),
         exact_fma=not interpreted,
         max_bits=_float_bits(fmt.max),
         mantissa_bits=fmt.mantissa_bits,
@@ -79,6 +80,12 @@ def plan_cast(dtype: torch.dtype, device: torch.device) -> CastPlan:
         e5m2=fmt.name == "e5m2",
         signed_zero=not fnuz,
     )
+
+
+def decodes_natively(dtype: torch.dtype, device: torch.device) -> bool:
+    """Say whether the GPU has an instruction that widens codes of ``dtype``; that is exact wherever it has."""
+    interpreted = bool(knobs.runtime.interpret)
+    return not interpreted and dtype != torch.float8_e4m3fnuz and _capability(device) >= (8, 9)
 
 
 @triton.jit
@@ -144,11 +151,11 @@ def encode(
     return codes
 
 
-def _converts(fmt: Fp8Format, device: torch.device) -> bool:
-    """Say whether the GPU has an instruction that converts float32 to ``fmt``."""
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of an NVIDIA GPU, (0, 0) for anything else."""
     if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+        return (0, 0)
+    return torch.cuda.get_device_capability(device)
 
 
 def _float_bits(value: float) -> int:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fp8kv.kernels.cast import plan_cast
+from fp8kv.kernels.cast import decodes_natively
 from fp8kv.kernels.decode_gqa_arguments import DecodeGqaArguments, StageOneOutput
 from fp8kv.kernels.pdl import launch_options
 from fp8kv.kernels.splits import choose_splits
@@ -73,7 +73,7 @@ def launch(arguments: DecodeGqaArguments, plan: Plan, output: StageOneOutput) ->
         output: what to fill.
     """
     a = arguments
-    cast = plan_cast(a.k_cache.dtype, a.query.device)
+    native = decodes_natively(a.k_cache.dtype, a.query.device)
     code_format = _FORMATS[a.k_cache.dtype]
     row_tiles = triton.cdiv(a.group, HEAD_TILE)
     log_sum = output.log_sum
@@ -91,7 +91,7 @@ def launch(arguments: DecodeGqaArguments, plan: Plan, output: StageOneOutput) ->
         a.sm_scale,
         a.soft_cap if a.soft_cap is not None else 0.0,
         a.window if a.window is not None else 0,
-        1.0 if cast.native else 2.0 ** _BIAS_GAPS[code_format],
+        1.0 if native else 2.0 ** _BIAS_GAPS[code_format],
         int(a.k_scale.numel() > 1),
         int(a.v_scale.numel() > 1),
         *a.query.stride()[:2],
@@ -114,7 +114,7 @@ def launch(arguments: DecodeGqaArguments, plan: Plan, output: StageOneOutput) ->
         WINDOWED=a.window is not None,
         CAPPED=a.soft_cap is not None,
         FORMAT=code_format,
-        NATIVE=cast.native,
+        NATIVE=native,
         FINAL=output.final,
         PDL=a.pdl,
         num_warps=4,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, uint8
 
-from fp8kv.kernels.cast import plan_cast
+from fp8kv.kernels.cast import decodes_natively, plan_cast
 
 # Tokens of one block. A sequence's last block is half empty on average.
 _BLOCK_TOKENS = 64
@@ -194,6 +194,7 @@ def launch_gather(
         facts[i] = (dim, vector, scale.numel() > 1)
         parts[i] = triton.cdiv(_BLOCK_TOKENS * heads * dim // vector, _VECTORS)
     plan = plan_cast(cache.dtype, cache.device)
+    native = decodes_natively(cache.dtype, cache.device)
     blocks = total_tokens // _BLOCK_TOKENS + batch
     _gather_kernel[(blocks * sum(parts),)](
         *arguments,
@@ -211,6 +212,6 @@ def launch_gather(
         VECTORS=_VECTORS,
         K_PARTS=parts[0],
         PARTS=sum(parts),
-        CAST=(plan.native, plan.mantissa_bits, plan.min_exponent, plan.e5m2, plan.signed_zero),
+        CAST=(native, plan.mantissa_bits, plan.min_exponent, plan.e5m2, plan.signed_zero),
         num_warps=_NUM_WARPS,
     )
