@@ -44,3 +44,7 @@ class OutputError(Fp8kvError):
 
 class EvaluationError(Fp8kvError):
     """An evaluation cannot run on this model or data."""
+
+
+class RequestError(Fp8kvError):
+    """A request to the engine, or a setting of the engine, is malformed or can never be served."""
