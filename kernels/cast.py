@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from fp8kv.kernels.fp8 import FORMATS
+from fp8kv.kernels.fp8 import format_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def plan_cast(dtype: torch.dtype, device: torch.device) -> CastPlan:
     Raises:
         KeyError: ``dtype`` is no FP8 format of :data:`fp8kv.kernels.fp8.FORMATS`.
     """
-    fmt = {fmt.dtype: fmt for fmt in FORMATS.values()}[dtype]
+    fmt = format_of(dtype)
     interpreted = bool(knobs.runtime.interpret)
     fnuz = fmt.name.endswith("fnuz")
     return CastPlan(

@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fp8kv.kernels.cast import decodes_natively
 from fp8kv.kernels.decode_gqa_arguments import DecodeGqaArguments, StageOneOutput
+from fp8kv.kernels.fp8 import format_of
 from fp8kv.kernels.pdl import launch_options
 from fp8kv.kernels.splits import choose_splits
 
@@ -27,11 +28,6 @@ _LN_2 = tl.constexpr(math.log(2.0))
 # P is 2^14 times the probability relative to the running maximum, so that tokens far below an attention sink are no
 # subnormal numbers in FP16.
 _P_EXPONENT = tl.constexpr(14.0)
-_FORMATS = {
-    torch.float8_e4m3fn: "e4m3fn",
-    torch.float8_e5m2: "e5m2",
-    torch.float8_e4m3fnuz: "e4m3fnuz",
-}
 # FP16's exponent bias less the format's: what a number made of a code's bits must be multiplied by, as a power of two.
 _BIAS_GAPS = {"e4m3fn": 8, "e5m2": 0, "e4m3fnuz": 7}
 
@@ -74,7 +70,7 @@ def launch(arguments: DecodeGqaArguments, plan: Plan, output: StageOneOutput) ->
     """
     a = arguments
     native = decodes_natively(a.k_cache.dtype, a.query.device)
-    code_format = _FORMATS[a.k_cache.dtype]
+    code_format = format_of(a.k_cache.dtype).name
     row_tiles = triton.cdiv(a.group, HEAD_TILE)
     log_sum = output.log_sum
     decode_gqa_portable_kernel[(a.kv_heads * row_tiles, plan.splits, a.batch)](

@@ -15,6 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from fp8kv.kernels.cast import decodes_natively
+from fp8kv.kernels.fp8 import format_of
+
 # Query heads of a program, and tokens that it handles at a time; half of them where more would not fit in registers.
 HEADS_PER_PROGRAM = 16
 TILE_TOKENS = 64
@@ -23,11 +26,6 @@ _LOG2_E = math.log2(math.e)
 # P is 2^14 times the probability relative to the running maximum, so that tokens far below an attention sink are no
 # subnormal numbers in FP16.
 _P_EXPONENT = tl.constexpr(14.0)
-_FORMATS = {
-    torch.float8_e4m3fn: "e4m3fn",
-    torch.float8_e5m2: "e5m2",
-    torch.float8_e4m3fnuz: "e4m3fnuz",
-}
 # How much smaller than a code the FP16 number is that has its bits: 2 to the difference of the exponents' biases.
 _BIT_UNITS = {torch.float8_e4m3fn: 256.0, torch.float8_e5m2: 1.0, torch.float8_e4m3fnuz: 128.0}
 
@@ -70,7 +68,7 @@ def launch_decode_mla_portable(
         result, log_sum = partial_out, partial_lse
     head_blocks = -(-heads // HEADS_PER_PROGRAM)
     page_size = cache.shape[1]
-    native = _converts_pairs(cache)
+    native = decodes_natively(cache.dtype, cache.device)
     blackwell = native and torch.cuda.get_device_capability(cache.device) >= (10, 0)
     _decode_kernel[(batch * num_splits * head_blocks,)](
         query,
@@ -98,19 +96,11 @@ def launch_decode_mla_portable(
         BLOCK_HEADS=HEADS_PER_PROGRAM,
         BLOCK_TOKENS=TILE_TOKENS if native and not blackwell else TILE_TOKENS // 2,
         STAGES=2,
-        FORMAT=_FORMATS[cache.dtype],
+        FORMAT=format_of(cache.dtype).name,
         NATIVE=native,
         PDL=pdl,
         num_warps=4,
     )
-
-
-def _converts_pairs(cache: Tensor) -> bool:
-    """Say whether the GPU converts two codes at a time; the interpreter runs no GPU's instructions."""
-    if not cache.is_cuda or torch.version.hip is not None:
-        return False
-    supported = torch.cuda.get_device_capability(cache.device) >= (8, 9)
-    return supported and cache.dtype != torch.float8_e4m3fnuz
 
 
 @triton.jit(

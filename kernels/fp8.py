@@ -54,6 +54,9 @@ FORMATS: dict[str, Fp8Format] = {
 }
 
 
+_BY_DTYPE = {fmt.dtype: fmt for fmt in FORMATS.values()}
+
+
 def get_format(name: str) -> Fp8Format:
     """Return the format called ``name``.
 
@@ -66,6 +69,15 @@ def get_format(name: str) -> Fp8Format:
         raise ValueError(
             f"unknown FP8 format {name!r}; known formats: {', '.join(FORMATS)}"
         ) from None
+
+
+def format_of(dtype: torch.dtype) -> Fp8Format:
+    """Return the format whose codes have this dtype.
+
+    Raises:
+        KeyError: ``dtype`` is no FP8 format of :data:`FORMATS`.
+    """
+    return _BY_DTYPE[dtype]
 
 
 def quantize(x: Tensor, scale: Tensor | float, fmt: Fp8Format) -> Tensor:

@@ -132,7 +132,6 @@ def gather(
     require_shape("v_cache", v_cache, (*k_cache.shape[:3], None))
     for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):
         require_scale(name, given, k_cache.shape[2])
-        require_unit_stride(name, given.reshape(-1))
     out_k = _output("out_k", out_k, k_cache, total_tokens, dtype)
     out_v = _output("out_v", out_v, v_cache, total_tokens, dtype)
     _check_places(page_table, cu_seqlens, starts)

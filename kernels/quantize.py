@@ -44,7 +44,7 @@ def reference_quantize(
     pdl: bool = False,
 ) -> Tensor:
     """Do what :func:`quantize` does, in plain torch."""
-    fmt = {fmt.dtype: fmt for fmt in fp8.FORMATS.values()}[dtype if out is None else out.dtype]
+    fmt = fp8.format_of(dtype if out is None else out.dtype)
     codes = fp8.quantize(x, scale if scale.numel() == 1 else scale[:, None], fmt)
     return codes if out is None else out.copy_(codes)
 

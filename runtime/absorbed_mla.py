@@ -45,12 +45,17 @@ def absorbed_mla(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in modules:
             _check(module)
-            # an instance attribute shadows the method; deleting it brings the method back
-            module.expand_kv = types.MethodType(_hand_through, module)  # type: ignore[assignment]
-            stack.callback(delattr, module, "expand_kv")
+            hand_latent_through(module, stack)
         model.set_attn_implementation(_NAME)  # type: ignore[operator]
         stack.callback(model.set_attn_implementation, before)  # type: ignore[arg-type]
         yield
+
+
+def hand_latent_through(module: nn.Module, stack: ExitStack) -> None:
+    """Have an MLA module give its attention function the latent, not K and V expanded from it, until ``stack`` closes."""
+    # an instance attribute shadows the method; deleting it brings the method back
+    module.expand_kv = types.MethodType(_hand_through, module)  # type: ignore[assignment]
+    stack.callback(delattr, module, "expand_kv")
 
 
 def _hand_through(_module: nn.Module, latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:

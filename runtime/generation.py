@@ -11,6 +11,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from fp8kv.calibrate.modeling.load import pad_token_id
 from fp8kv.recipes.errors import EvaluationError
+from fp8kv.runtime.architectures import text_config
 
 
 def generate_greedy(
@@ -30,7 +31,7 @@ def generate_greedy(
     """
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     longest = max(len(ids) for ids in encoded)
-    limit = _max_positions(model)
+    limit = max_positions(model)
     if limit is not None and longest + max_new_tokens > limit:
         raise EvaluationError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {limit} positions: "
@@ -44,7 +45,7 @@ def generate_greedy(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad,
-        eos_token_id=_eos_token_ids(model, tokenizer),
+        eos_token_id=sorted(eos_token_ids(model, tokenizer)) or None,
     )
     with torch.inference_mode():
         output = model.generate(  # type: ignore[operator]
@@ -55,6 +56,18 @@ def generate_greedy(
         )
     texts: list[str] = tokenizer.batch_decode(output[:, longest:].cpu(), skip_special_tokens=True)
     return texts
+
+
+def eos_token_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+    """Return what ends a text: by the tokenizer, and by the model's generation settings, which may name several."""
+    generation: Any = getattr(model, "generation_config", None)
+    ids = getattr(generation, "eos_token_id", None)
+    return {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """Return how many tokens a sequence may have, None where the model sets no limit."""
+    return getattr(text_config(model), "max_position_embeddings", None)
 
 
 class _StopStrings(StoppingCriteria):  # type: ignore[misc]
@@ -72,15 +85,3 @@ class _StopStrings(StoppingCriteria):  # type: ignore[misc]
         texts = self._tokenizer.batch_decode(new.cpu(), skip_special_tokens=False)
         done = [any(stop in text for stop in self._stops) for text in texts]
         return torch.tensor(done, device=input_ids.device)
-
-
-def _eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int] | None:
-    generation: Any = getattr(model, "generation_config", None)
-    ids = getattr(generation, "eos_token_id", None)
-    known = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
-    return sorted(known) or None
-
-
-def _max_positions(model: nn.Module) -> int | None:
-    config: Any = model.config
-    return getattr(config.get_text_config(), "max_position_embeddings", None)

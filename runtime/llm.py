@@ -14,10 +14,11 @@ from fp8kv.calibrate.formats.checkpoint import open_checkpoint
 from fp8kv.calibrate.modeling.load import load_model, load_tokenizer
 from fp8kv.calibrate.modeling.placement import resolve_device, resolve_dtype
 from fp8kv.recipes.errors import RequestError
-from fp8kv.runtime.architectures import check_supported, text_config
+from fp8kv.runtime.architectures import check_supported
 from fp8kv.runtime.backends import choose_backend
 from fp8kv.runtime.cache_scales import read_scales
 from fp8kv.runtime.engine import Engine
+from fp8kv.runtime.generation import eos_token_ids, max_positions
 from fp8kv.runtime.limits import MAX_BATCH_TOKENS, MAX_SEQUENCES, EngineLimits
 from fp8kv.runtime.model_runner import ModelRunner
 from fp8kv.runtime.paged_cache import (
@@ -108,7 +109,7 @@ class LLM:
         dims = measure_dims(model, modules)
         limits = EngineLimits(
             vocab_size=_vocab_size(model),
-            max_positions=getattr(text_config(model), "max_position_embeddings", None),
+            max_positions=max_positions(model),
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
         )
@@ -136,7 +137,7 @@ class LLM:
             self._allocator,
             self.tokenizer,
             limits,
-            eos_token_ids=_eos_token_ids(model, self.tokenizer),
+            eos_token_ids=eos_token_ids(model, self.tokenizer),
             device=place,
         )
         self._inboxes: dict[int, deque[Output]] = {}
@@ -282,10 +283,3 @@ def _pages_that_fit(
 def _vocab_size(model: nn.Module) -> int:
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     return int(embeddings.num_embeddings)
-
-
-def _eos_token_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Return what ends a text: by the tokenizer, and by the model's generation settings, which may name several."""
-    generation: Any = getattr(model, "generation_config", None)
-    ids = getattr(generation, "eos_token_id", None)
-    return {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}

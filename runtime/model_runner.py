@@ -9,7 +9,6 @@ the backend attend over them, so the model builds no mask and keeps no cache of 
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from transformers import AttentionInterface
 
 from fp8kv.calibrate.modeling.tap import AttentionModule, CacheWrite, tap
 from fp8kv.recipes.errors import UnsupportedModelError
+from fp8kv.runtime.absorbed_mla import hand_latent_through
 from fp8kv.runtime.architectures import check_supported, declared_window, text_config
 from fp8kv.runtime.backends import AttentionOptions, Backend
 from fp8kv.runtime.batch import Batch
@@ -240,15 +240,9 @@ def _install(layer: _Layer, stack: ExitStack) -> None:
     setattr(module, _LAYER, layer)
     stack.callback(delattr, module, _LAYER)
     if layer.attention.attention == "mla":
-        # an instance attribute shadows the method; deleting it brings the method back
-        module.expand_kv = types.MethodType(_hand_through, module)
-        stack.callback(delattr, module, "expand_kv")
+        hand_latent_through(module, stack)
     # not set_attn_implementation, which would switch the vision tower of a multimodal model, too
     stack.callback(
         setattr, module.config, "_attn_implementation", module.config._attn_implementation
     )
     module.config._attn_implementation = _NAME
-
-
-def _hand_through(_module: nn.Module, latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-    return latent, rope
