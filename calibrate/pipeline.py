@@ -238,6 +238,7 @@ def _measure(
         dtype=plan.dtype,
         device=plan.device,
         trust_remote_code=trust_remote_code,
+        progress=listener.advance,
     )
     listener.stage("measure")
     stats = measure(

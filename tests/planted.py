@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fp8kv.calibrate.formats.checkpoint import open_checkpoint
-from fp8kv.calibrate.formats.weights import plain_state_dict
+from fp8kv.calibrate.modeling.weight_stream import WeightStream
 
 Planting = Callable[[dict[str, Tensor], str, float], None]
 
@@ -49,7 +49,8 @@ def plant(source: Path, directory: Path, layer: str, planting: Planting, factor:
         raise ValueError(f"{factor} is no power of two")
     checkpoint = open_checkpoint(source)
     # float32 throughout, which holds the product of a decoded weight and any such factor exactly
-    weights = plain_state_dict(checkpoint, torch.float32)
+    with WeightStream(checkpoint, dtype=torch.float32, device=torch.device("cpu")) as stream:
+        weights = {name: weight[...].float() for name, weight in stream.weights.items()}
     planting(weights, layer, factor)
     directory.mkdir()
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})

@@ -1,19 +1,20 @@
 """Decode one quantised weight: FP8 with any layout of scales, and compressed-tensors' packed INT4.
 
-Pure functions. They raise :class:`ValueError` where tensors and scheme do not fit; the caller knows the name.
+Pure functions, which run where their tensors are. They raise :class:`ValueError` where tensors and scheme do not fit;
+the caller knows the name. Beside arguments and result they need little: a weight is decoded a few rows at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp8kv.calibrate.formats.fp8_block import dequantize_block
+from fp8kv.calibrate.formats.fp8_block import chunk_elements, dequantize_block
 
 _NIBBLES_PER_WORD = 8
 _INT4_ZERO = 8  # a nibble holds value + 8
@@ -70,21 +71,22 @@ def decode_fp8(codes: Tensor, scales: Tensor, scheme: WeightScheme, dtype: torch
     """
     scales = scales.float()
     if scales.numel() == 1:
-        return (codes.float() * scales.reshape(())).to(dtype)
+        return _multiply(codes, scales.reshape(()), dtype)
     if scheme.block is not None and _is_blocked(codes, scales, scheme.block):
         matrices = codes.reshape(-1, *codes.shape[-2:])
         grids = scales.reshape(-1, *scales.shape[-2:])
-        decoded = [
-            dequantize_block(matrix, grid, scheme.block, dtype)
-            for matrix, grid in zip(matrices, grids, strict=True)
-        ]
-        return torch.stack(decoded).view(codes.shape) if codes.ndim > 2 else decoded[0]
+        if len(matrices) == 1:
+            return dequantize_block(matrices[0], grids[0], scheme.block, dtype).view(codes.shape)
+        result = torch.empty(matrices.shape, dtype=dtype, device=codes.device)
+        for decoded, matrix, grid in zip(result, matrices, grids, strict=True):
+            decoded.copy_(dequantize_block(matrix, grid, scheme.block, dtype))
+        return result.view(codes.shape)
     if scales.ndim == codes.ndim - 1 and scales.shape == codes.shape[:-1]:
         scales = scales.unsqueeze(-1)
     if scales.ndim == codes.ndim and all(
         size in (1, full) for size, full in zip(scales.shape, codes.shape, strict=True)
     ):
-        return (codes.float() * scales).to(dtype)
+        return _multiply(codes, scales, dtype)
     blocks = f"in blocks of {list(scheme.block)}" if scheme.block else "without block size"
     raise ValueError(
         f"scales of {list(scales.shape)} do not fit FP8 codes of {list(codes.shape)} {blocks}"
@@ -101,7 +103,7 @@ def decode_int4(
     Args:
         packed: ``[rows, ceil(cols / 8)]``, int32.
         scales: ``[rows, ceil(cols / group)]``, floating; one column for one scale per row.
-        shape: ``[2]``, integers: rows and cols.
+        shape: ``[2]``, integers: rows and cols; best on the CPU, for it is read here.
         scheme: of the checkpoint; its group sizes must include the one that the shapes imply.
         dtype: of the result.
 
@@ -122,12 +124,31 @@ def decode_int4(
     if tuple(packed.shape) != (rows, math.ceil(cols / _NIBBLES_PER_WORD)):
         raise ValueError(f"{list(packed.shape)} words of INT4 do not hold {rows} x {cols} weights")
     group = _group_size(rows, cols, scales, scheme)
-    # The words as bytes, low byte first; each byte holds an even column in its low half and an odd one above it.
-    bytes_ = packed.contiguous().view(torch.uint8)
-    nibbles = torch.stack((bytes_ & 0xF, bytes_ >> 4), dim=-1).view(rows, -1)[:, :cols]
-    values = nibbles.float().sub_(_INT4_ZERO)
-    values *= scales.float().repeat_interleave(group, dim=1)[:, :cols]
-    return values.to(dtype)
+    result = torch.empty(rows, cols, dtype=dtype, device=packed.device)
+    for part in _row_chunks(result):
+        # The words as bytes, low byte first; each byte holds an even column in its low half and an odd one above it.
+        bytes_ = packed[part].contiguous().view(torch.uint8)
+        nibbles = torch.stack((bytes_ & 0xF, bytes_ >> 4), dim=-1).flatten(1)[:, :cols]
+        values = nibbles.float().sub_(_INT4_ZERO)
+        result[part] = values.mul_(scales[part].float().repeat_interleave(group, dim=1)[:, :cols])
+    return result
+
+
+def _multiply(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``float(codes) * scales``, where scales are broadcast, rounded once to ``dtype``."""
+    if codes.ndim == 0:
+        return (codes.float() * scales).to(dtype)
+    result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    scales = scales.expand(codes.shape)
+    for part in _row_chunks(codes):
+        result[part] = codes[part].float().mul_(scales[part])
+    return result
+
+
+def _row_chunks(weight: Tensor) -> Iterator[slice]:
+    step = max(1, chunk_elements(weight.device) * len(weight) // max(1, weight.numel()))
+    for start in range(0, len(weight), step):
+        yield slice(start, start + step)
 
 
 def _block(value: Any) -> tuple[int, int] | None:

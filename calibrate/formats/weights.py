@@ -1,5 +1,7 @@
 """Decode the weights of a checkpoint to plain floating-point tensors, whatever they are stored in.
 
+:mod:`fp8kv.calibrate.modeling.weight_stream` reads what this module names and decodes it.
+
 | stored as | tensors of a module | decoded |
 |---|---|---|
 | plain | ``weight`` | cast |
@@ -12,7 +14,7 @@ All else that is quantised (AWQ, GPTQ, MXFP4, NVFP4, bitsandbytes, ...) is refus
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +23,6 @@ from torch import Tensor
 
 from fp8kv.calibrate.formats.checkpoint import Checkpoint
 from fp8kv.calibrate.formats.facts import quantization_config
-from fp8kv.calibrate.formats.json_text import show
 from fp8kv.calibrate.formats.kv_names import is_attention_scale_name
 from fp8kv.calibrate.formats.weight_codecs import (
     WeightScheme,
@@ -101,61 +102,38 @@ def stored_weights(checkpoint: Checkpoint) -> dict[str, StoredWeight]:
     return weights
 
 
-def plain_state_dict(
-    checkpoint: Checkpoint, dtype: torch.dtype, names: Iterable[str] | None = None
-) -> dict[str, Tensor]:
-    """Read and decode weights.
+def weight_scheme(checkpoint: Checkpoint) -> WeightScheme:
+    """Read what the checkpoint's quantisation config says about its weights."""
+    return read_scheme(quantization_config(checkpoint)[1])
 
-    A tensor that the checkpoint singles out for float32 (a router's correction bias) stays float32: that is every
-    float32 tensor of a checkpoint with narrower ones, and the vectors of a float32 checkpoint. Integers stay too.
 
-    Peak memory, with n the number of elements of a tensor and s the bytes of ``dtype``: ``s * sum(n)`` for the
-    result, plus ``11 * n`` bytes for the largest quantised tensor.
+def decode(
+    checkpoint: Checkpoint,
+    weight: StoredWeight,
+    tensors: Sequence[Tensor],
+    scheme: WeightScheme,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the plain tensor of a quantised weight in ``dtype``, on the device of its codes.
 
     Args:
-        checkpoint: the checkpoint.
-        dtype: of the decoded weights.
-        names: which tensors to read, by their plain names or by the names of their stored parts; all if None.
-
-    Returns:
-        Plain name -> tensor, on the CPU. KV scales are left out.
+        checkpoint: that holds the weight.
+        weight: ``fp8`` or ``int4``.
+        tensors: its parts, in their order; an INT4 weight's shape is best left on the CPU.
+        scheme: of the checkpoint.
+        dtype: of the result.
 
     Raises:
-        UnsupportedModelError: a tensor is quantised in a way that fp8kv cannot decode.
-        CheckpointError: a name is unknown, or the parts of a weight do not fit together.
+        CheckpointError: the parts do not fit together.
     """
-    weights = stored_weights(checkpoint)
-    if names is not None:
-        weights = _select(checkpoint, weights, names)
-    scheme = read_scheme(quantization_config(checkpoint)[1])
-    keep_float32 = _has_narrow_floats(checkpoint)
-    result: dict[str, Tensor] = {}
-    pending: dict[str, Tensor] = {}
-    owner = {part: name for name, weight in weights.items() for part in weight.parts}
-    for part, tensor in checkpoint.read_many(owner):
-        pending[part] = tensor
-        name = owner[part]
-        parts = weights[name].parts
-        if all(other in pending for other in parts):
-            tensors = [pending.pop(other) for other in parts]
-            if weights[name].kind == "plain":
-                result[name] = _cast(tensors[0], dtype, keep_float32)
-            else:
-                result[name] = _decode(checkpoint, weights[name], tensors, scheme, dtype)
-    return {name: result[name] for name in weights}
-
-
-def is_quantised(checkpoint: Checkpoint) -> bool:
-    """Tell whether any weight is stored in fewer bits than a 16-bit float, KV scales aside.
-
-    A checkpoint whose config only describes an FP8 KV cache is not quantised.
-    """
-    return any(
-        name.endswith((*_REFUSED_SUFFIXES, ".weight_packed"))
-        or checkpoint.entry(name).dtype not in (*_FLOATS, *_INTEGERS)
-        for name in checkpoint.weight_map
-        if not is_attention_scale_name(name)
-    )
+    try:
+        if weight.kind == "fp8":
+            return decode_fp8(tensors[0], tensors[1], scheme, dtype)
+        return decode_int4(tensors[0], tensors[1], tensors[2], scheme, dtype)
+    except ValueError as error:
+        raise CheckpointError(
+            f"cannot decode {weight.parts[0]} of {checkpoint.path}: {error}; check its quantization_config"
+        ) from None
 
 
 def _refuse_unknown(checkpoint: Checkpoint, name: str) -> None:
@@ -195,52 +173,3 @@ def _require_parts(checkpoint: Checkpoint, name: str, parts: tuple[str, ...]) ->
             raise CheckpointError(
                 f"{name} of {checkpoint.path} is quantised but has no {part}; download the missing shards"
             )
-
-
-def _select(
-    checkpoint: Checkpoint, weights: Mapping[str, StoredWeight], names: Iterable[str]
-) -> dict[str, StoredWeight]:
-    plain_name = {part: name for name, weight in weights.items() for part in weight.parts}
-    plain_name.update({name: name for name in weights})
-    selected: dict[str, StoredWeight] = {}
-    for name in names:
-        if name in plain_name:
-            selected[plain_name[name]] = weights[plain_name[name]]
-        elif name not in checkpoint.weight_map:
-            raise CheckpointError(
-                f"{checkpoint.path} has no tensor called {show(name)}; check the tensor's name"
-            )
-    return selected
-
-
-def _has_narrow_floats(checkpoint: Checkpoint) -> bool:
-    return any(
-        entry.dtype not in ("F32", "F64", *_INTEGERS)
-        for header in checkpoint.shards.values()
-        for entry in header.tensors.values()
-    )
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype, keep_float32: bool) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    if tensor.dtype == torch.float32 and (keep_float32 or tensor.ndim < 2):
-        return tensor
-    return tensor.to(dtype)
-
-
-def _decode(
-    checkpoint: Checkpoint,
-    weight: StoredWeight,
-    tensors: list[Tensor],
-    scheme: WeightScheme,
-    dtype: torch.dtype,
-) -> Tensor:
-    try:
-        if weight.kind == "fp8":
-            return decode_fp8(tensors[0], tensors[1], scheme, dtype)
-        return decode_int4(tensors[0], tensors[1], tensors[2], scheme, dtype)
-    except ValueError as error:
-        raise CheckpointError(
-            f"cannot decode {weight.parts[0]} of {checkpoint.path}: {error}; check its quantization_config"
-        ) from None

@@ -6,8 +6,6 @@ wrongly (MiniMax-M2 before 5.18), so weights are decoded here and configurations
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,14 +19,21 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
+    modeling_utils,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 
 from fp8kv.calibrate.formats.checkpoint import Checkpoint
-from fp8kv.calibrate.formats.weights import is_quantised, plain_state_dict
+from fp8kv.calibrate.modeling.load_report import (
+    conversion_failure,
+    is_out_of_memory,
+    load_report,
+)
+from fp8kv.calibrate.modeling.weight_stream import Progress, WeightStream
 from fp8kv.recipes.errors import CalibrationError, CheckpointError, UnsupportedModelError
 
 _CONFIGURATION_KEYS = ("quantization_config", "compression_config")
@@ -98,45 +103,74 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str,
     trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> nn.Module:
     """Return the model in evaluation mode, weights decoded to ``dtype``, on ``device``.
 
-    Peak memory: the weights once in ``dtype`` on ``device``; for a quantised checkpoint that is decoded on the
-    host, ``decoded bytes`` of host memory besides.
+    Weights of every format go straight to the device, and are decoded there, on transformers' four reading threads.
+    Peak memory:
+
+    * of the device: the weights once in ``dtype``; once more the largest tensor that is merged from several, such as
+      the first matrices of a layer's experts; and four times what
+      :class:`~fp8kv.calibrate.modeling.weight_stream.WeightStream` says of one weight.
+    * of the host, if the device is another: 64 MiB, four times
+      :data:`~fp8kv.calibrate.modeling.staged_reader.STAGING_BYTES`.
+
+    On a CPU the C library keeps much of what is freed when experts are merged, up to the size of the model; with
+    ``MALLOC_MMAP_THRESHOLD_=1048576`` in the environment it gives that back at once.
+
+    Args:
+        checkpoint: of a language model, or of one that reads images and text.
+        dtype: of the weights, but for those that the architecture keeps in float32.
+        device: where they go.
+        trust_remote_code: let the checkpoint run Python code of its own.
+        progress: is called with the bytes read and the bytes of all weights, from any thread, one at a time.
 
     Raises:
         UnsupportedModelError: the architecture or the quantisation is unknown.
-        CheckpointError: the checkpoint lacks weights that the architecture needs, or their shapes differ.
+        CheckpointError: the checkpoint lacks weights that the architecture needs, their shapes differ, or a shard
+            cannot be read.
         CalibrationError: the device has too little memory.
     """
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    decoded = is_quantised(checkpoint)
-    with _load_report() as text:
+    place = torch.device(device)
+    too_large = CalibrationError(
+        f"the weights of {checkpoint.path} in {str(dtype).removeprefix('torch.')} do not fit into the memory of "
+        f"{place}: use --device cpu or a larger GPU"
+    )
+    with (
+        WeightStream(checkpoint, dtype=dtype, device=place, progress=progress) as stream,
+        load_report() as text,
+        _no_warm_up(),
+    ):
         try:
             model_class = _model_class(config, checkpoint, trust_remote_code)
             model, report = model_class.from_pretrained(
-                None if decoded else checkpoint.path,
+                None,
                 config=config,
-                state_dict=plain_state_dict(checkpoint, dtype) if decoded else None,
+                generation_config=_generation_config(checkpoint),
+                state_dict=stream.weights,
                 dtype=dtype,
+                device_map={"": place},
                 output_loading_info=True,
                 # they are refused below, by name
                 ignore_mismatched_sizes=True,
                 local_files_only=True,
-                **_experts_for(torch.device(device)),
+                **_experts_for(place),
             )
+        except torch.OutOfMemoryError:
+            raise too_large from None
         except _LOAD_ERRORS as error:
-            reason = _conversion_failure(text) or _first_line(error)
+            if is_out_of_memory(text):
+                raise too_large from None
+            reason = conversion_failure(text) or _first_line(error)
             raise CheckpointError(f"cannot load {checkpoint.path}: {reason}") from error
-    _check_complete(checkpoint, type(model).__name__, report)
+        _check_complete(checkpoint, type(model).__name__, report)
+        stream.finish()
+    if place.type == "cuda":
+        torch.cuda.empty_cache()  # of experts that are merged by now
     model.eval().requires_grad_(False)
-    try:
-        return model.to(device)  # type: ignore[no-any-return]
-    except torch.OutOfMemoryError:
-        raise CalibrationError(
-            f"the weights of {checkpoint.path} in {str(dtype).removeprefix('torch.')} do not fit into the memory of "
-            f"{device}: use --device cpu or a larger GPU"
-        ) from None
+    return model  # type: ignore[no-any-return]
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
@@ -181,29 +215,27 @@ def _model_class(
     )
 
 
-@contextmanager
-def _load_report() -> Iterator[list[str]]:
-    """Keep transformers' report on a load, tables and tracebacks, from the log, and give it as text."""
-    text: list[str] = []
-
-    def keep(record: logging.LogRecord) -> bool:
-        text.append(record.getMessage())
-        return False
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(keep)
+def _generation_config(checkpoint: Checkpoint) -> GenerationConfig | None:
+    """Return what lies beside the weights, None where nothing legible does: transformers then asks the configuration."""
     try:
-        yield text
-    finally:
-        logger.removeFilter(keep)
-
-
-def _conversion_failure(report: list[str]) -> str | None:
-    """Name the weight that transformers could not put together from several tensors."""
-    match = re.search(r"tensors destined for (\S+)\.\s", "\n".join(report))
-    if match is None:
+        return GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except OSError:
         return None
-    return f"the tensors that make up {match[1]} do not fit together or are not all there; is the download complete?"
+
+
+@contextmanager
+def _no_warm_up() -> Iterator[None]:
+    """Keep transformers from taking the memory of the whole model as one block first.
+
+    The block would be left full of holes where experts were before they were merged, and none of it could be given
+    back to the GPU for the KV cache.
+    """
+    warm_up = modeling_utils.caching_allocator_warmup
+    modeling_utils.caching_allocator_warmup = lambda *_arguments: None
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = warm_up
 
 
 def _check_complete(checkpoint: Checkpoint, name: str, report: dict[str, Any]) -> None:

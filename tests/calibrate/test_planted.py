@@ -14,10 +14,14 @@ from fp8kv.calibrate import LayerScales, ScaleSet, calibrate
 from fp8kv.demo import TEST_DATA, TRAIN_DATA
 from fp8kv.kernels.fp8 import round_up_to_bfloat16
 from fp8kv.recipes import default_recipe, override
-from fp8kv.runtime.agreement import measure_agreement
-from fp8kv.runtime.emulated_cache import emulated_cache, fp8_at_unit_scale, fp8_with_scales
-from fp8kv.runtime.gsm8k import build_prompts, load_problems, reference_continuation
-from fp8kv.runtime.teacher_forcing import answer_logits, force
+from fp8kv.runtime.evaluation.agreement import measure_agreement
+from fp8kv.runtime.evaluation.emulated_cache import (
+    emulated_cache,
+    fp8_at_unit_scale,
+    fp8_with_scales,
+)
+from fp8kv.runtime.evaluation.gsm8k import build_prompts, load_problems, reference_continuation
+from fp8kv.runtime.evaluation.teacher_forcing import answer_logits, force
 
 PROBLEMS, SHOTS = 8, 1
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fp8kv.calibrate.formats import fp8_block
 from fp8kv.calibrate.formats.fp8_block import dequantize_block, quantize_block
 
 
@@ -42,6 +43,23 @@ def test_decoding_is_code_times_scale_of_its_block():
     generator = torch.Generator().manual_seed(1)
     codes = torch.randn(11, 7, generator=generator).to(torch.float8_e4m3fn)
     scales = torch.rand(3, 2, generator=generator)
+    decoded = dequantize_block(codes, scales, block=4)
+    assert torch.equal(decoded, codes.float() * expand(scales, 11, 7, 4))
+
+
+@pytest.mark.parametrize("rows", [24, 27])
+@pytest.mark.parametrize("elements", [1, 2 * 4 * 7, 1000])
+def test_a_chunk_of_any_size_decodes_to_the_same(monkeypatch, elements, rows):
+    monkeypatch.setattr(fp8_block, "chunk_elements", lambda _device: elements)
+    codes = torch.randn(rows, 7).to(torch.float8_e4m3fn)
+    scales = torch.rand(-(-rows // 4), 2)
+    decoded = dequantize_block(codes, scales, block=4)
+    assert torch.equal(decoded, codes.float() * expand(scales, rows, 7, 4))
+
+
+def test_codes_need_not_be_contiguous():
+    codes = torch.randn(7, 11).to(torch.float8_e4m3fn).t()
+    scales = torch.rand(3, 2)
     decoded = dequantize_block(codes, scales, block=4)
     assert torch.equal(decoded, codes.float() * expand(scales, 11, 7, 4))
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fp8kv.calibrate.formats import weight_codecs
 from fp8kv.calibrate.formats.weight_codecs import (
     WeightScheme,
     decode_fp8,
@@ -122,6 +123,27 @@ def test_fp8_experts_stacked_in_one_tensor():
     assert decoded[..., 0].tolist() == [[1, 1, 2], [3, 3, 4]]
     per_expert = decode_fp8(codes, torch.tensor([5.0, 6.0]).view(2, 1, 1), PLAIN, torch.float32)
     assert per_expert[:, 0, 0].tolist() == [5.0, 6.0]
+
+
+@pytest.mark.parametrize("elements", [1, 12, 1000])
+def test_a_chunk_of_any_size_decodes_to_the_same(monkeypatch, elements):
+    monkeypatch.setattr(weight_codecs, "chunk_elements", lambda _device: elements)
+    values = torch.randint(-8, 8, (5, 6))
+    scales = torch.rand(5, 2)
+    decoded = decode_int4(
+        pack_int4(values), scales, torch.tensor([5, 6]), grouped(3), torch.float32
+    )
+    assert torch.equal(decoded, values * scales.repeat_interleave(3, 1))
+    codes = torch.randn(5, 2, 3).to(torch.float8_e4m3fn)
+    for shape in ((1,), (5, 1, 1), (1, 2, 1), (5, 2, 1)):
+        scales = torch.rand(shape)
+        decoded = decode_fp8(codes, scales, PLAIN, torch.bfloat16)
+        assert torch.equal(decoded, (codes.float() * scales).bfloat16())
+
+
+def test_fp8_of_no_dimensions():
+    codes = torch.tensor(2.0).to(torch.float8_e4m3fn)
+    assert decode_fp8(codes, torch.tensor(0.5), PLAIN, torch.float32).item() == 1.0
 
 
 def test_fp8_scales_that_fit_in_no_way():

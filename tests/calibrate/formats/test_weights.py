@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from fp8kv.calibrate.formats.checkpoint import open_checkpoint
 from fp8kv.calibrate.formats.fp8_block import quantize_block
-from fp8kv.calibrate.formats.weights import is_quantised, plain_state_dict, stored_weights
+from fp8kv.calibrate.formats.weights import stored_weights
+from fp8kv.calibrate.modeling.weight_stream import WeightStream
 from fp8kv.recipes.errors import CheckpointError, UnsupportedModelError
 
 FP8 = torch.float8_e4m3fn
@@ -56,30 +57,23 @@ def int4_parts(name, rows=2, cols=64, group=32):
     }
 
 
-def test_plain_weights_are_cast(tmp_path):
-    weight = random(4, 4).bfloat16()
-    checkpoint = open_with(tmp_path, {"w.weight": weight, "ids": torch.arange(3)})
-    state = plain_state_dict(checkpoint, torch.float32)
-    assert torch.equal(state["w.weight"], weight.float())
-    assert state["ids"].dtype == torch.int64
-    assert not is_quantised(checkpoint)
+def decoded(checkpoint, dtype):
+    with WeightStream(checkpoint, dtype=dtype, device=torch.device("cpu")) as stream:
+        return {name: weight[...] for name, weight in stream.weights.items()}
 
 
-def test_what_a_narrow_checkpoint_keeps_in_float32_stays_so(tmp_path):
-    bias = {f"{LAYER}.mlp.gate.e_score_correction_bias": random(8)}
-    gate = {f"{LAYER}.mlp.gate.weight": random(8, 4)}
-    checkpoint = open_with(tmp_path, {**bias, **gate, "w.weight": random(2, 2).bfloat16()})
-    state = plain_state_dict(checkpoint, torch.bfloat16)
-    for name, tensor in {**bias, **gate}.items():
-        assert state[name].dtype == torch.float32
+def test_plain_tensors_are_left_as_they_are(tmp_path):
+    tensors = {
+        "w.weight": random(4, 4).bfloat16(),
+        "norm.weight": random(4),
+        "half": random(4).half(),
+        "ids": torch.arange(3),
+    }
+    state = decoded(open_with(tmp_path, tensors), torch.float32)
+    assert set(state) == set(tensors)
+    for name, tensor in tensors.items():
+        assert state[name].dtype == tensor.dtype
         assert torch.equal(state[name], tensor)
-
-
-def test_matrices_of_a_float32_checkpoint_are_cast(tmp_path):
-    checkpoint = open_with(tmp_path, {"w.weight": random(2, 2), "norm.weight": random(2)})
-    state = plain_state_dict(checkpoint, torch.bfloat16)
-    assert state["w.weight"].dtype == torch.bfloat16
-    assert state["norm.weight"].dtype == torch.float32
 
 
 def test_fp8_blocks_with_576_ragged_rows(tmp_path):
@@ -88,12 +82,11 @@ def test_fp8_blocks_with_576_ragged_rows(tmp_path):
     codes, scales = quantize_block(weight)
     tensors = {name: codes, f"{name}_scale_inv": scales}
     checkpoint = open_with(tmp_path, tensors, quantization=FP8_BLOCK)
-    state = plain_state_dict(checkpoint, torch.float32)
+    state = decoded(checkpoint, torch.float32)
     assert list(state) == [name]
     row_scales = scales.repeat_interleave(128, 0)[:576]
     expected = codes.float() * row_scales.repeat_interleave(128, 1)[:, :200]
     assert torch.equal(state[name], expected)
-    assert is_quantised(checkpoint)
 
 
 def test_fp8_per_tensor_and_per_row_with_activation_scales(tmp_path):
@@ -106,7 +99,7 @@ def test_fp8_per_tensor_and_per_row_with_activation_scales(tmp_path):
         "b.weight_scale": torch.tensor([[1.0], [2.0], [4.0]]),
         "b.activation_scale": torch.tensor(3.0),
     }
-    state = plain_state_dict(open_with(tmp_path, tensors), torch.float32)
+    state = decoded(open_with(tmp_path, tensors), torch.float32)
     assert set(state) == {"a.weight", "b.weight"}
     assert torch.equal(state["a.weight"], codes.float() * 2)
     assert torch.equal(state["b.weight"], codes.float() * torch.tensor([[1.0], [2.0], [4.0]]))
@@ -117,25 +110,24 @@ def test_fp8_experts_stacked_under_a_name_of_their_own(tmp_path):
         "experts.gate_up_proj": torch.ones(2, 130, 4).to(FP8),
         "experts.gate_up_proj_scale_inv": torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]),
     }
-    state = plain_state_dict(open_with(tmp_path, tensors, quantization=FP8_BLOCK), torch.bfloat16)
+    state = decoded(open_with(tmp_path, tensors, quantization=FP8_BLOCK), torch.bfloat16)
     assert state["experts.gate_up_proj"][:, [0, 127, 128], 0].tolist() == [[1, 1, 2], [3, 3, 4]]
 
 
 def test_int4(tmp_path):
     checkpoint = open_with(tmp_path, int4_parts("w"), quantization=INT4)
-    state = plain_state_dict(checkpoint, torch.bfloat16)
+    state = decoded(checkpoint, torch.bfloat16)
     assert list(state) == ["w.weight"]
     expected = torch.full((2, 64), -4.0)
     expected[0, 0] = 0.5
     assert torch.equal(state["w.weight"], expected.bfloat16())
-    assert is_quantised(checkpoint)
 
 
 def test_the_config_of_a_wrapped_text_model_is_used(tmp_path):
     open_with(tmp_path, int4_parts("w"))
     config = {"architectures": ["X"], "text_config": {"quantization_config": INT4}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    state = plain_state_dict(open_checkpoint(tmp_path), torch.bfloat16)
+    state = decoded(open_checkpoint(tmp_path), torch.bfloat16)
     assert state["w.weight"].shape == (2, 64)
 
 
@@ -150,7 +142,7 @@ def test_parts_of_a_weight_may_lie_in_different_shards(tmp_path):
         {"v.weight": codes, names[1]: parts[names[1]]},
         quantization=INT4 | FP8_BLOCK,
     )
-    state = plain_state_dict(checkpoint, torch.float32)
+    state = decoded(checkpoint, torch.float32)
     assert state["w.weight"][1, 5] == -4.0
     assert torch.equal(state["v.weight"], codes.float() * scales)
 
@@ -161,36 +153,7 @@ def test_kv_scales_are_left_out(tmp_path):
     tensors = {f"{LAYER}.self_attn.{scale}": torch.ones(1) for scale in scales}
     tensors[f"{LAYER}.self_attn.k_proj.weight"] = random(2, 2).bfloat16()
     checkpoint = open_with(tmp_path, tensors)
-    assert set(plain_state_dict(checkpoint, torch.bfloat16)) == {f"{LAYER}.self_attn.k_proj.weight"}
-    assert not is_quantised(checkpoint)
-
-
-def test_a_kv_cache_config_alone_is_no_quantised_checkpoint(tmp_path):
-    quantization = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}
-    tensors = {"w.weight": random(2, 2).bfloat16()}
-    assert not is_quantised(open_with(tmp_path, tensors, quantization=quantization))
-
-
-def test_names_select_by_plain_or_by_stored_name(tmp_path):
-    tensors = {**int4_parts("w"), **int4_parts("v"), "norm.weight": random(2).bfloat16()}
-    tensors[f"{LAYER}.self_attn.k_scale"] = torch.ones(1)
-    checkpoint = open_with(tmp_path, tensors, quantization=INT4)
-
-    def selected(*names):
-        return set(plain_state_dict(checkpoint, torch.bfloat16, names))
-
-    assert selected("w.weight") == {"w.weight"}
-    assert selected("v.weight_scale", "v.weight_packed") == {"v.weight"}
-    assert selected("norm.weight", f"{LAYER}.self_attn.k_scale") == {"norm.weight"}
-    assert selected() == set()
-    with pytest.raises(CheckpointError, match=r"has no tensor called 'q\.weight'"):
-        selected("q.weight")
-
-
-def test_only_what_is_selected_is_read(tmp_path):
-    checkpoint = open_with(tmp_path, {"a": torch.ones(1)}, {"b": torch.ones(1)})
-    (tmp_path / "1.safetensors").unlink()
-    assert set(plain_state_dict(checkpoint, torch.float32, ["a"])) == {"a"}
+    assert set(decoded(checkpoint, torch.bfloat16)) == {f"{LAYER}.self_attn.k_proj.weight"}
 
 
 def test_stored_weights_tell_the_parts(tmp_path):
@@ -231,9 +194,8 @@ UINT8 = torch.zeros(2, 2, dtype=torch.uint8)
 )
 def test_other_quantisation_is_refused_by_name(tmp_path, tensors, culprit, scheme):
     checkpoint = open_with(tmp_path, tensors, quantization=INT4)
-    assert is_quantised(checkpoint)
     with pytest.raises(UnsupportedModelError) as caught:
-        plain_state_dict(checkpoint, torch.bfloat16)
+        decoded(checkpoint, torch.bfloat16)
     message = str(caught.value)
     assert message.startswith(f"{culprit} of {tmp_path}")
     assert scheme in message
@@ -245,7 +207,7 @@ def test_fp8_weight_without_scale(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"w\.weight of .* has neither w\.weight_scale_inv nor"
     ):
-        plain_state_dict(checkpoint, torch.bfloat16)
+        decoded(checkpoint, torch.bfloat16)
 
 
 @pytest.mark.parametrize("missing", ["weight_scale", "weight_shape"])
@@ -254,11 +216,11 @@ def test_int4_weight_without_a_part(tmp_path, missing):
     del tensors[f"w.{missing}"]
     checkpoint = open_with(tmp_path, tensors, quantization=INT4)
     with pytest.raises(CheckpointError, match=rf"w\.weight_packed of .* has no w\.{missing}"):
-        plain_state_dict(checkpoint, torch.bfloat16)
+        decoded(checkpoint, torch.bfloat16)
 
 
 def test_scales_that_do_not_fit_name_the_weight(tmp_path):
     tensors = {"w.weight": torch.zeros(200, 200).to(FP8), "w.weight_scale_inv": torch.ones(3, 2)}
     checkpoint = open_with(tmp_path, tensors, quantization=FP8_BLOCK)
     with pytest.raises(CheckpointError, match=r"cannot decode w\.weight of .*: scales of \[3, 2\]"):
-        plain_state_dict(checkpoint, torch.bfloat16)
+        decoded(checkpoint, torch.bfloat16)

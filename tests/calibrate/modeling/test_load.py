@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from fp8kv.calibrate.formats.checkpoint import open_checkpoint
 from fp8kv.calibrate.formats.facts import model_facts
 from fp8kv.calibrate.modeling.load import load_config, load_model, load_tokenizer, pad_token_id
+from fp8kv.calibrate.modeling.weight_stream import LazyWeight
 from fp8kv.calibrate.overlay.plan import plan_overlay
 from fp8kv.calibrate.overlay.writer import write_overlay
 from fp8kv.calibrate.scales import LayerScales, ScaleSet
@@ -152,6 +153,37 @@ def test_a_converted_checkpoint_loads_as_its_source(
     assert torch.equal(logits(load(tmp_path / "out")), logits(load(source)))
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_load_does_not_take_the_memory_of_the_model_in_advance(edited, monkeypatch, is_whole):
+    def warm_up(*_arguments):
+        pytest.fail("transformers takes one block, which merged experts leave full of holes")
+
+    assert callable(transformers.modeling_utils.caching_allocator_warmup)  # in every version
+    monkeypatch.setattr(transformers.modeling_utils, "caching_allocator_warmup", warm_up)
+    if is_whole:
+        load(edited("mixtral"))
+    else:
+        with pytest.raises(CheckpointError):
+            load(edited("mixtral", hidden_act="nope"))
+    assert transformers.modeling_utils.caching_allocator_warmup is warm_up  # as it was
+
+
+@pytest.mark.parametrize("base", ["plain", "int4"])
+@pytest.mark.parametrize(("written", "expected"), [([7, 8], [7, 8]), (None, 257)])
+def test_generation_settings_beside_the_weights_are_the_models(
+    tiny_checkpoint, quantised_models, tmp_path, base, written, expected
+):
+    path = tmp_path / "model"
+    if base == "plain":
+        shutil.copytree(tiny_checkpoint("llama"), path)
+    else:
+        quantised_models.save_int4(tiny_checkpoint("llama"), path)
+    (path / "generation_config.json").unlink()
+    if written is not None:
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": written}))
+    assert load(path).generation_config.eos_token_id == expected
+
+
 def test_no_trace_of_the_quantisation_stays_in_the_model():
     model = load(MODELS["tiny-minimax-m2"])
     assert not hasattr(model.config, "quantization_config")
@@ -264,16 +296,22 @@ def test_a_config_that_makes_no_sense_is_refused_in_a_sentence(edited, changes, 
     assert all(word in message for word in words)
 
 
-def test_weights_that_do_not_fit_the_device_are_said_so(tiny_checkpoint, monkeypatch):
-    def fail(_self, _device):
+@pytest.mark.parametrize("where", ["decoding", "merging"])
+def test_weights_that_do_not_fit_the_device_are_said_so(tiny_checkpoint, monkeypatch, where):
+    def fail(*_arguments, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "to", fail)
-    path = tiny_checkpoint("llama")
+    if where == "decoding":
+        monkeypatch.setattr(LazyWeight, "__getitem__", fail)
+    else:
+        monkeypatch.setattr(torch, "stack", fail)  # that transformers puts experts together with
+    path = tiny_checkpoint("mixtral")
     with pytest.raises(CalibrationError) as error:
         load(path)
-    assert str(error.value).startswith(f"the weights of {path} in float32 do not fit into the mem")
-    assert "--device cpu" in str(error.value)
+    assert str(error.value) == (
+        f"the weights of {path} in float32 do not fit into the memory of cpu: "
+        "use --device cpu or a larger GPU"
+    )
 
 
 # --- code of the checkpoint's own ---
