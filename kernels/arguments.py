@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 FLOAT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDE_TYPES = (torch.bfloat16, torch.float16)
 FP8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz)
 INDEX_TYPES = (torch.int32, torch.int64)
 
@@ -40,6 +41,12 @@ def require_dtype(argument: str, tensor: Tensor, allowed: Sequence[torch.dtype])
     if tensor.dtype not in allowed:
         names = " or ".join(_name(dtype) for dtype in allowed)
         raise KernelArgumentError(f"the dtype of {argument}", _name(tensor.dtype), names)
+
+
+def require_cache_dtype(argument: str, cache: Tensor, numbers: Tensor) -> None:
+    """Raise unless ``cache`` holds FP8 codes, or 16-bit numbers of the dtype of ``numbers``: an unquantised cache."""
+    unquantised = tuple(dtype for dtype in WIDE_TYPES if dtype == numbers.dtype)
+    require_dtype(argument, cache, (*unquantised, *FP8_TYPES))
 
 
 def require_shape(argument: str, tensor: Tensor, shape: Sequence[int | None]) -> None:

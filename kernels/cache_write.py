@@ -5,6 +5,8 @@ Contract: token t goes to slot ``slots[t]``, that is to row ``slot % page_size``
 ``slot_map[slots[t]]``. A negative slot is padding and is skipped, before the map is read as well as after. Two tokens
 must not share a slot. What no slot names keeps its bytes.
 
+An unquantised cache, of the inputs' own 16-bit dtype, takes the values as they are and has no scales.
+
 Floor: 2 bytes read (of 16-bit types) and 1 written for each element. A thread takes 16 neighbours in two loads of 16
 bytes, which do not wait for the slot, and writes them in one store; half of the grid takes K, the other half V.
 """
@@ -14,7 +16,6 @@ from __future__ import annotations
 import math
 from dataclasses import astuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,15 +26,16 @@ from fp8kv.kernels.arguments import (
     FP8_TYPES,
     INDEX_TYPES,
     require,
+    require_cache_dtype,
     require_dtype,
     require_same_device,
     require_scale,
     require_shape,
     require_unit_stride,
 )
-from fp8kv.kernels.cast import divide, encode, plan_cast
+from fp8kv.kernels.cast import divide, encode, plan_write
 from fp8kv.kernels.fp8 import format_of, quantize
-from fp8kv.kernels.layout import MAX_PAGE_SIZE, is_page_size
+from fp8kv.kernels.layout import MAX_PAGE_SIZE, is_page_size, kernel_view
 from fp8kv.kernels.pdl import launch_options, uses_pdl
 
 # Elements that one thread turns into one store of 16 bytes.
@@ -64,10 +66,11 @@ def reference_cache_write(
         tokens = (targets >= 0).nonzero().flatten()
     targets = targets[tokens]
     page_size = k_cache.shape[1]
-    fmt = format_of(k_cache.dtype)
     for source, cache, scale in ((key, k_cache, k_scale), (value, v_cache, v_scale)):
-        codes = quantize(source[tokens], scale.reshape(-1, 1), fmt)
-        cache.view(torch.uint8)[targets // page_size, targets % page_size] = codes.view(torch.uint8)
+        stored = source[tokens]
+        if cache.dtype in FP8_TYPES:
+            stored = quantize(stored, scale.reshape(-1, 1), format_of(cache.dtype))
+        kernel_view(cache)[targets // page_size, targets % page_size] = kernel_view(stored)
 
 
 @triton.jit
@@ -93,7 +96,7 @@ def _write(
     """Write one program's vectors of K or of V, counted through the heads of a token, then through the tokens.
 
     ``FACTS`` are the head's width, the elements of a vector and whether heads have scales of their own; ``CAST`` is a
-    :class:`~fp8kv.kernels.cast.CastPlan` as a tuple.
+    :class:`~fp8kv.kernels.cast.CastPlan` as a tuple, or None where values are written as they are.
     """
     VECTOR: tl.constexpr = FACTS[1]
     head_vectors: tl.constexpr = FACTS[0] // VECTOR
@@ -109,16 +112,18 @@ def _write(
     # Nothing that the values need waits for the slot.
     slot = tl.load(slots + token, mask=exists, other=-1).to(tl.int64)
     values = tl.load(source + start[:, None] + columns, mask=exists[:, None])
-    if FACTS[2]:
-        divisor = tl.load(scale + head)[:, None]
-    else:
-        divisor = tl.load(scale)
+    if CAST is not None:
+        if FACTS[2]:
+            divisor = tl.load(scale + head)[:, None]
+        else:
+            divisor = tl.load(scale)
     if slot_map is not None:
         slot = tl.load(slot_map + slot, mask=slot >= 0, other=-1).to(tl.int64)
-    quotient = divide(values.to(tl.float32), divisor, tl.div_rn(1.0, divisor), CAST[1])
-    codes = encode(quotient, CAST[0], CAST[2], CAST[3], CAST[4], CAST[5], CAST[6], CAST[7])
+    if CAST is not None:
+        quotient = divide(values.to(tl.float32), divisor, tl.div_rn(1.0, divisor), CAST[1])
+        values = encode(quotient, CAST[0], CAST[2], CAST[3], CAST[4], CAST[5], CAST[6], CAST[7])
     place = slot // PAGE_SIZE * stride_page + slot % PAGE_SIZE * stride_token + head * stride_head
-    tl.store(cache + place[:, None] + columns, codes, mask=(slot >= 0)[:, None])
+    tl.store(cache + place[:, None] + columns, values, mask=(slot >= 0)[:, None])
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -155,7 +160,7 @@ def cache_write(
     slot_map: Tensor | None = None,
     pdl: bool = False,
 ) -> None:
-    """Write the FP8 codes of new keys and values into a paged cache.
+    """Write new keys and values into a paged cache, as FP8 codes unless it is unquantised.
 
     Slots, map and scales are read on the device: all may change between replays of a CUDA graph.
 
@@ -163,12 +168,12 @@ def cache_write(
         key: [tokens or more, kv_heads, k_dim] bfloat16, float16 or float32, after RoPE; any strides but the last, so
             a slice of a fused QKV tensor will do. Rows beyond ``slots`` are padding.
         value: [tokens or more, kv_heads, v_dim], of the dtype of ``key``; any strides but the last.
-        k_cache: [pages, page_size, kv_heads, k_dim] FP8, changed in place; any strides but the last: the transposed
-            view of a cache ordered [pages, kv_heads, page_size, k_dim] will do.
+        k_cache: [pages, page_size, kv_heads, k_dim] FP8, or bfloat16 or float16 as ``key``; changed in place. Any strides
+            but the last: the transposed view of a cache ordered [pages, kv_heads, page_size, k_dim] will do.
         v_cache: [pages, page_size, kv_heads, v_dim], of the dtype of ``k_cache``.
         slots: [tokens] int32 or int64, ``page * page_size + offset``; negative for padding. Slots past the cache are
             the caller's fault and are not looked for.
-        k_scale: float32, one element or [kv_heads]; value = code * scale.
+        k_scale: float32, one element or [kv_heads]; value = code * scale. Not read where the cache is unquantised.
         v_scale: the same for V.
         slot_map: int32 or int64, from a slot of the full pool to one of this pool; negative where it has none.
         pdl: start while the kernel in front ends (:mod:`fp8kv.kernels.pdl`).
@@ -176,7 +181,7 @@ def cache_write(
     Raises:
         KernelArgumentError: an argument's shape, dtype, device or stride does not fit.
     """
-    _check(key, value, k_cache, v_cache, slots, k_scale, v_scale, slot_map)
+    check_cache_write(key, value, k_cache, v_cache, slots, k_scale, v_scale, slot_map)
     num_tokens = slots.shape[0]
     if num_tokens == 0:
         return
@@ -189,9 +194,10 @@ def cache_write(
     vectors = num_tokens * heads * max(dim // vector for dim, vector, _ in facts)
     require(vectors < _MOST_VECTORS, "the vectors of key", vectors, f"below {_MOST_VECTORS}")
     overlaps = uses_pdl(pdl, k_cache.device)
+    plan = plan_write(k_cache)
     _cache_write_kernel[(triton.cdiv(vectors, _VECTORS), 2)](
-        (key, k_cache.view(torch.uint8), k_scale, *key.stride()[:2], *k_cache.stride()[:3]),
-        (value, v_cache.view(torch.uint8), v_scale, *value.stride()[:2], *v_cache.stride()[:3]),
+        (key, kernel_view(k_cache), k_scale, *key.stride()[:2], *k_cache.stride()[:3]),
+        (value, kernel_view(v_cache), v_scale, *value.stride()[:2], *v_cache.stride()[:3]),
         slots,
         slot_map,
         num_tokens,
@@ -201,13 +207,13 @@ def cache_write(
         PAGE_SIZE=page_size,
         VECTORS=_VECTORS,
         PDL=overlaps,
-        CAST=astuple(plan_cast(k_cache.dtype, k_cache.device)),
+        CAST=astuple(plan) if plan is not None else None,
         num_warps=_VECTORS // 32,
         **launch_options(overlaps),
     )
 
 
-def _check(
+def check_cache_write(
     key: Tensor,
     value: Tensor,
     k_cache: Tensor,
@@ -217,7 +223,12 @@ def _check(
     v_scale: Tensor,
     slot_map: Tensor | None,
 ) -> None:
-    require_dtype("k_cache", k_cache, FP8_TYPES)
+    """Check what is written and where, as :func:`cache_write` describes it.
+
+    Raises:
+        KernelArgumentError: an argument's shape, dtype, device or stride does not fit.
+    """
+    require_cache_dtype("k_cache", k_cache, key)
     require_shape("k_cache", k_cache, (None, None, None, None))
     pages, page_size, heads, k_dim = k_cache.shape
     powers = f"a power of two up to {MAX_PAGE_SIZE}"

@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: an exact division by a scale, and FP8 codes from float32.
+"""Device functions that the kernels share: an exact division by a scale, FP8 codes from float32, and FP16 from codes.
 
 The contract of every kernel that writes codes: ``code = round(clamp(x / scale))``, the division rounded as IEEE 754
 asks, the cast to nearest even, NaN kept. It is met in two ways that give the same bits:
@@ -7,6 +7,9 @@ asks, the cast to nearest even, NaN kept. It is met in two ways that give the sa
 - *integer*: the code is put together from the bits of the float32. It serves GPUs and formats without a conversion
   (the ``fnuz`` format on NVIDIA; any before compute capability 9.0: at 8.9 the compiler rounds to FP16 on the way), and
   Triton's interpreter, whose FP8 cast is wrong.
+
+FP8 codes are FP16 numbers. Where the GPU does not widen them itself, FP16 numbers are made of a code's bits; they are
+smaller than the code's value by a power of two, :data:`BIT_UNITS`, which the kernels put where they put the scale.
 """
 
 from __future__ import annotations
@@ -17,9 +20,13 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton import knobs
 
 from fp8kv.kernels.fp8 import format_of
+
+# FP16 has 15 as its exponent's bias; E4M3 has 7, its fnuz variant 8, E5M2 15 like FP16.
+BIT_UNITS = {torch.float8_e4m3fn: 256.0, torch.float8_e5m2: 1.0, torch.float8_e4m3fnuz: 128.0}
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,11 @@ def plan_cast(dtype: torch.dtype, device: torch.device) -> CastPlan:
     )
 
 
+def plan_write(cache: Tensor) -> CastPlan | None:
+    """Return how values become what ``cache`` holds: codes, or ``None`` where it is unquantised and takes them as they are."""
+    return plan_cast(cache.dtype, cache.device) if cache.element_size() == 1 else None
+
+
 def decodes_natively(dtype: torch.dtype, device: torch.device) -> bool:
     """Say whether the GPU has an instruction that widens codes of ``dtype``; that is exact wherever it has."""
     interpreted = bool(knobs.runtime.interpret)
@@ -89,15 +101,21 @@ def decodes_natively(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 @triton.jit
-def divide(x, scale, reciprocal, EXACT_FMA: tl.constexpr):
+def divide(x, scale, reciprocal, EXACT_FMA: tl.constexpr, SELECT: tl.constexpr = False):
     """Return ``x / scale`` in float32, rounded once, given ``reciprocal = 1 / scale`` rounded once.
 
     One multiplication and two fused multiply-adds in place of the eight or more instructions of an IEEE division: the
     excess ``q * scale - x`` is exact, and corrects the quotient (P. Markstein, "Computation of elementary functions
     on the IBM RISC System/6000 processor", 1990). Holds for scales from 2^-86 to 2^99 and quotients up to 2^20;
-    those above come out larger than any format's maximum, with their sign.
+    those above come out larger than any format's maximum, with their sign. ``SELECT`` keeps them so by a select in place
+    of a bound: the same results, and which of the two is faster depends on the kernel around it.
     """
-    if EXACT_FMA:
+    if EXACT_FMA and SELECT:
+        quotient = x * reciprocal
+        excess = tl.fma(quotient, scale, x * -1.0)
+        corrected = tl.fma(excess, reciprocal * -1.0, quotient)
+        result = tl.where(tl.abs(quotient) < 1048576.0, corrected, quotient)
+    elif EXACT_FMA:
         # the bound keeps the excess finite; a NaN that it drops comes back with x in the excess
         quotient = tl.clamp(x * reciprocal, -1048576.0, 1048576.0)
         # a product with -1 is free and keeps the sign of zero; the unary minus is 0 - x here, and loses it
@@ -149,6 +167,41 @@ def encode(
             codes32 = tl.where(codes32 > 0, codes32 | sign, codes32)
         codes = tl.where(is_nan, NAN_CODE, codes32).to(tl.uint8)
     return codes
+
+
+@triton.jit
+def decode(codes, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
+    """Return the FP16 numbers of codes in uint8: of the GPU's conversion, or those of :func:`decode_bits`."""
+    if NATIVE and FORMAT == "e5m2":
+        return codes.to(tl.float8e5, bitcast=True).to(tl.float16)
+    elif NATIVE:
+        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    else:
+        return decode_bits(codes.to(tl.uint16), FORMAT)
+
+
+@triton.jit
+def decode_bits(codes, FORMAT: tl.constexpr):
+    """Return FP16 numbers made of the bits of codes in uint16: exact, NaN kept, smaller by ``BIT_UNITS``."""
+    if FORMAT == "e5m2":
+        half = codes << 8
+    else:
+        half = ((codes & 0x80) << 8) | ((codes & 0x7F) << 7)
+        is_nan = (codes & 0x7F) == 0x7F if FORMAT == "e4m3fn" else codes == 0x80
+        half = tl.where(is_nan, 0x7E00, half)
+    return half.to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """Return ``2 ** exponent`` as float32, for int32 exponents of -126 to 127, without rounding."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def next_exponent(scale):
+    """Return the smallest int32 e with ``2 ** e >= scale``, for a positive, finite, normal float32."""
+    return ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) - 127
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Decode of grouped-query attention over a paged FP8 cache: one query token per sequence, split along its tokens.
 
 Contract: K and V are FP8 codes of scales of their own, one for a layer or one for each KV head; a value is
-``float(code) * scale``. A query head h attends KV head ``h // group``; multi-head and multi-query attention are groups
+``float(code) * scale``. An unquantised cache, of the query's own 16-bit dtype, has no scales. A query head h attends KV head ``h // group``; multi-head and multi-query attention are groups
 of 1 and of all heads. The query is the sequence's last token: with a window w it sees the last w tokens, itself
 included. Scores are ``sm_scale * q . k``, soft-capped where asked, then masked; a head's sink joins the denominator
 only. A sequence of length 0 gives 0, and the log-sum-exp of its sink alone, -inf where there is none. Entries of the
@@ -9,9 +9,10 @@ page table past a sequence's last page, and bytes past its last token, are never
 
 Codes become FP16 numbers, exactly, and queries too, after multiplication of each row by a power of two; products are
 added up in float32, and probabilities are rounded to FP16. So the error is that of an FP16 probability, 1e-4, also
-where one token takes nearly all the weight.
+where one token takes nearly all the weight. Over an unquantised cache everything is multiplied in its dtype; the error
+is that of a probability so rounded, for BF16 2e-3.
 
-Floor: memory, ``(k_dim + v_dim)`` bytes per token of the sequences and KV head.
+Floor: memory, ``(k_dim + v_dim)`` elements per token of the sequences and KV head.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fp8kv.kernels import decode_gqa_portable as portable
+from fp8kv.kernels.arguments import FP8_TYPES
 from fp8kv.kernels.combine import combine
 from fp8kv.kernels.decode_gqa_arguments import (
     DecodeGqaArguments,
@@ -29,6 +31,7 @@ from fp8kv.kernels.decode_gqa_arguments import (
 )
 from fp8kv.kernels.hopper import decode_gqa as hopper
 from fp8kv.kernels.layout import gather_tokens
+from fp8kv.kernels.outputs import stage_one_outputs
 from fp8kv.kernels.pdl import uses_pdl
 
 
@@ -59,17 +62,17 @@ def reference_decode_gqa(
     for batch, length in enumerate(seq_lens.tolist()):
         first = max(0, length - window) if window is not None else 0
         # [kv_heads, tokens, head_dim]
-        keys = gather_tokens(k_cache, page_table[batch], length)[first:].float().transpose(0, 1)
-        values = gather_tokens(v_cache, page_table[batch], length)[first:].float().transpose(0, 1)
+        keys = _read(k_cache, page_table[batch], length, k_scale)[:, first:]
+        values = _read(v_cache, page_table[batch], length, v_scale)[:, first:]
         grouped = query[batch].float().unflatten(0, (kv_heads, -1))
-        scores = grouped @ (keys * k_scale.view(-1, 1, 1)).transpose(1, 2) * sm_scale
+        scores = grouped @ keys.transpose(1, 2) * sm_scale
         if soft_cap is not None:
             scores = soft_cap * (scores / soft_cap).tanh()
         total = scores.logsumexp(-1)
         if sinks is not None:
             total = torch.logaddexp(total, sinks.view(kv_heads, -1))
         weights = (scores - total[..., None]).exp()
-        out[batch] = (weights @ (values * v_scale.view(-1, 1, 1))).flatten(0, 1)
+        out[batch] = (weights @ values).flatten(0, 1)
         if lse is not None:
             lse[batch] = total.flatten()
     return out
@@ -103,14 +106,14 @@ def decode_gqa(
     Args:
         query: [batch, q_heads, k_dim], bfloat16, float16 or float32 (which is rounded to 11 bits); any strides but the
             last.
-        k_cache: [pages, page_size, kv_heads, k_dim], FP8 codes, NHD or HND: any strides that are multiples of 16, but
-            the last. Head dimensions are multiples of 16 up to 256.
+        k_cache: [pages, page_size, kv_heads, k_dim], FP8 codes, or bfloat16 or float16 as ``query``; NHD or HND: any
+            strides that are multiples of 16, but the last. Head dimensions are multiples of 16 up to 256.
         v_cache: [pages, page_size, kv_heads, v_dim], of the same dtype.
         page_table: [batch, max_pages] int32; entry p of a row holds tokens ``p * page_size`` and on.
         seq_lens: [batch] int32, tokens of each sequence, the query's own included; 0 and more.
-        k_scale: float32 of one element, or of kv_heads: the value of code 1.0.
+        k_scale: float32 of one element, or of kv_heads: the value of code 1.0. Not read where the cache is unquantised.
         v_scale: as k_scale, for V.
-        sm_scale: what the scores are multiplied by, usually ``k_dim ** -0.5``.
+        sm_scale: what the scores are multiplied by, positive, usually ``k_dim ** -0.5``.
         max_seq_len: no sequence is longer; chooses the number of splits.
         window: a query sees this many tokens, itself included; all by default.
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``.
@@ -140,16 +143,17 @@ def decode_gqa(
         return out
     kernel = hopper if hopper.supports(arguments) else portable
     plan = kernel.make_plan(arguments, num_splits)
-    if plan.splits == 1:
-        final_lse = lse.unsqueeze(2) if lse is not None else None
-        kernel.launch(arguments, plan, StageOneOutput(out.unsqueeze(2), final_lse, final=True))
-        return out
-    sizes = (*out.shape[:2], plan.splits)
-    partial_out = torch.empty(*sizes, out.shape[2], dtype=torch.float32, device=out.device)
-    partial_lse = torch.empty(sizes, dtype=torch.float32, device=out.device)
-    kernel.launch(arguments, plan, StageOneOutput(partial_out, partial_lse, final=False))
-    combine(partial_out, partial_lse, out, lse, sinks, pdl=arguments.pdl)
+    result, log_sum = stage_one_outputs(out, lse, plan.splits)
+    kernel.launch(arguments, plan, StageOneOutput(result, log_sum, final=plan.splits == 1))
+    if plan.splits > 1 and log_sum is not None:
+        combine(result, log_sum, out, lse, sinks, pdl=arguments.pdl)
     return out
+
+
+def _read(cache: Tensor, pages: Tensor, length: int, scale: Tensor) -> Tensor:
+    """Return K or V of a sequence, [kv_heads, length, head_dim] float32."""
+    tokens = gather_tokens(cache, pages, length).float().transpose(0, 1)
+    return tokens * scale.view(-1, 1, 1) if cache.dtype in FP8_TYPES else tokens
 
 
 def _empty_output(query: Tensor, v_cache: Tensor, dtype: torch.dtype | None) -> Tensor:

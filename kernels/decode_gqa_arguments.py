@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fp8kv.kernels.arguments import (
     FLOAT_TYPES,
-    FP8_TYPES,
     require,
+    require_cache_dtype,
     require_dtype,
     require_same_device,
     require_scale,
@@ -136,7 +136,7 @@ def check_arguments(arguments: DecodeGqaArguments, num_splits: int | None) -> No
     require(
         is_page_size(page_size), "page_size", page_size, f"a power of two up to {MAX_PAGE_SIZE}"
     )
-    require_dtype("k_cache", a.k_cache, FP8_TYPES)
+    require_cache_dtype("k_cache", a.k_cache, a.query)
     require_dtype("v_cache", a.v_cache, (a.k_cache.dtype,))
     for name, cache in (("k_cache", a.k_cache), ("v_cache", a.v_cache)):
         _check_rows(name, cache)
@@ -150,6 +150,7 @@ def check_arguments(arguments: DecodeGqaArguments, num_splits: int | None) -> No
     require_unit_stride("seq_lens", a.seq_lens)
     require_scale("k_scale", a.k_scale, kv_heads)
     require_scale("v_scale", a.v_scale, kv_heads)
+    require(a.sm_scale > 0, "sm_scale", a.sm_scale, "positive")
     require(a.max_seq_len >= 0, "max_seq_len", a.max_seq_len, "0 or more")
     require(a.window is None or a.window > 0, "window", a.window, "None or at least 1")
     require(a.soft_cap is None or a.soft_cap > 0, "soft_cap", a.soft_cap, "None or positive")

@@ -2,7 +2,8 @@
 
 A program computes 16 query heads of a KV head, padded where the group has fewer, over one split of a sequence. V is read
 as 16-bit pairs of codes (columns 2c and 2c + 1), and its even and odd columns are two products of half the width: only
-16-bit elements can be transposed on their way out of shared memory, and bytes would be picked one by one.
+16-bit elements can be transposed on their way out of shared memory, and bytes would be picked one by one. An unquantised
+cache is multiplied as it is, and all columns of V are one product.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fp8kv.kernels.cast import decodes_natively
+from fp8kv.kernels.cast import BIT_UNITS, decode, decodes_natively
 from fp8kv.kernels.decode_gqa_arguments import DecodeGqaArguments, StageOneOutput
 from fp8kv.kernels.fp8 import format_of
+from fp8kv.kernels.layout import kernel_view
 from fp8kv.kernels.pdl import launch_options
 from fp8kv.kernels.splits import choose_splits
 
@@ -28,8 +30,6 @@ _LN_2 = tl.constexpr(math.log(2.0))
 # P is 2^14 times the probability relative to the running maximum, so that tokens far below an attention sink are no
 # subnormal numbers in FP16.
 _P_EXPONENT = tl.constexpr(14.0)
-# FP16's exponent bias less the format's: what a number made of a code's bits must be multiplied by, as a power of two.
-_BIAS_GAPS = {"e4m3fn": 8, "e5m2": 0, "e4m3fnuz": 7}
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,15 @@ class Plan:
 
 def make_plan(arguments: DecodeGqaArguments, num_splits: int | None) -> Plan:
     """Return how the work is cut; ``num_splits`` is taken where it is given."""
-    tile = 128 if max(arguments.k_dim, arguments.v_dim) <= 128 else 64
+    row_bytes = max(arguments.k_dim, arguments.v_dim) * arguments.k_cache.element_size()
+    tile = 128 if row_bytes <= 128 else 64 if row_bytes <= 256 else 32
     row_tiles = triton.cdiv(arguments.group, HEAD_TILE)
     splits = num_splits or choose_splits(
         arguments.batch * arguments.kv_heads * row_tiles,
         arguments.longest_span,
         tile,
         arguments.multiprocessors,
-        ctas_per_sm=4 if tile == 128 else 2,
+        ctas_per_sm=4 if row_bytes <= 128 else 2,
         min_tokens=tile,
     )
     return Plan(splits, tile)
@@ -69,14 +70,15 @@ def launch(arguments: DecodeGqaArguments, plan: Plan, output: StageOneOutput) ->
         output: what to fill.
     """
     a = arguments
-    native = decodes_natively(a.k_cache.dtype, a.query.device)
-    code_format = format_of(a.k_cache.dtype).name
+    codes = a.k_cache.element_size() == 1
+    native = codes and decodes_natively(a.k_cache.dtype, a.query.device)
+    code_format = format_of(a.k_cache.dtype).name if codes else "none"
     row_tiles = triton.cdiv(a.group, HEAD_TILE)
     log_sum = output.log_sum
     decode_gqa_portable_kernel[(a.kv_heads * row_tiles, plan.splits, a.batch)](
         a.query,
-        a.k_cache.view(torch.uint8),
-        a.v_cache.view(torch.uint8).view(torch.uint16),
+        kernel_view(a.k_cache),
+        a.v_cache.view(torch.uint8).view(torch.uint16) if codes else a.v_cache,
         a.page_table,
         a.seq_lens,
         a.k_scale,
@@ -87,11 +89,11 @@ def launch(arguments: DecodeGqaArguments, plan: Plan, output: StageOneOutput) ->
         a.sm_scale,
         a.soft_cap if a.soft_cap is not None else 0.0,
         a.window if a.window is not None else 0,
-        1.0 if native else 2.0 ** _BIAS_GAPS[code_format],
+        BIT_UNITS[a.k_cache.dtype] if codes and not native else 1.0,
         int(a.k_scale.numel() > 1),
         int(a.v_scale.numel() > 1),
         *a.query.stride()[:2],
-        # In units of 16 bytes: so the compiler knows that rows are aligned.
+        # In units of 16 elements: so the compiler knows that rows are aligned.
         *(stride // 16 for stride in a.k_cache.stride()[:3]),
         *(stride // 16 for stride in a.v_cache.stride()[:3]),
         a.page_table.stride(0),
@@ -103,7 +105,7 @@ def launch(arguments: DecodeGqaArguments, plan: Plan, output: StageOneOutput) ->
         K_DIM=a.k_dim,
         V_DIM=a.v_dim,
         K_COLUMNS=triton.next_power_of_2(a.k_dim),
-        V_PAIRS=triton.next_power_of_2(a.v_dim) // 2,
+        V_COLUMNS=triton.next_power_of_2(a.v_dim) // (2 if codes else 1),
         TILE=plan.tile,
         PAGE_SIZE=a.page_size,
         STAGES=3,
@@ -119,33 +121,24 @@ def launch(arguments: DecodeGqaArguments, plan: Plan, output: StageOneOutput) ->
 
 
 @triton.jit
-def _decode_bits(codes, FORMAT: tl.constexpr):
-    """Return FP16 numbers made of the bits of codes in uint16: exact, NaN kept, a power of two too small."""
-    if FORMAT == "e5m2":
-        half = codes << 8
-    else:
-        half = ((codes & 0x80) << 8) | ((codes & 0x7F) << 7)
-        is_nan = (codes & 0x7F) == 0x7F if FORMAT == "e4m3fn" else codes == 0x80
-        half = tl.where(is_nan, 0x7E00, half)
-    return half.to(tl.uint16).to(tl.float16, bitcast=True)
+def _lift(rows):
+    """Return the rows as FP16, each times a power of two that brings its largest element near 2^15, and its inverse.
 
-
-@triton.jit
-def _decode_codes(codes, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
-    """Return the FP16 numbers of codes in uint8."""
-    if NATIVE and FORMAT == "e5m2":
-        return codes.to(tl.float8e5, bitcast=True).to(tl.float16)
-    elif NATIVE:
-        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-    else:
-        return _decode_bits(codes.to(tl.uint16), FORMAT)
+    BF16 turns into FP16 so without losing a bit.
+    """
+    rows = rows.to(tl.float32)
+    peak_bits = tl.max(tl.abs(rows), 1).to(tl.int32, bitcast=True)
+    exponent = tl.maximum(peak_bits >> 23, 15)
+    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    down = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    return (rows * up[:, None]).to(tl.float16), down
 
 
 @triton.jit
 def _decode_pairs(pairs, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
     """Split 16-bit pairs of codes into two FP16 tensors, the low bytes' and the high bytes'."""
-    low = _decode_codes((pairs & 0xFF).to(tl.uint8), FORMAT, NATIVE)
-    high = _decode_codes((pairs >> 8).to(tl.uint8), FORMAT, NATIVE)
+    low = decode((pairs & 0xFF).to(tl.uint8), FORMAT, NATIVE)
+    high = decode((pairs >> 8).to(tl.uint8), FORMAT, NATIVE)
     return low, high
 
 
@@ -156,14 +149,14 @@ def _decode_pairs(pairs, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
     ]
 )  # fmt: skip
 def decode_gqa_portable_kernel(
-    query, k_codes, v_pairs, page_table, seq_lens, k_scale, v_scale, sinks, result, log_sum,
+    query, k_pages, v_pages, page_table, seq_lens, k_scale, v_scale, sinks, result, log_sum,
     sm_scale, soft_cap, window, unit, k_scale_step, v_scale_step,
     stride_query_batch, stride_query_head, stride_k_page, stride_k_token, stride_k_head,
     stride_v_page, stride_v_token, stride_v_head, stride_table,
     stride_result_batch, stride_result_head, stride_result_split,
     stride_lse_batch, stride_lse_head, stride_lse_split,
     GROUP: tl.constexpr, ROW_TILES: tl.constexpr, HEADS: tl.constexpr, K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr, K_COLUMNS: tl.constexpr, V_PAIRS: tl.constexpr, TILE: tl.constexpr,
+    V_DIM: tl.constexpr, K_COLUMNS: tl.constexpr, V_COLUMNS: tl.constexpr, TILE: tl.constexpr,
     PAGE_SIZE: tl.constexpr, STAGES: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     FORMAT: tl.constexpr, NATIVE: tl.constexpr, FINAL: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -192,32 +185,33 @@ def decode_gqa_portable_kernel(
         tl.store(log_sum + lse_place, nothing, mask=is_head)
         return
 
+    # elements of V that are loaded as one: a pair of codes
+    CODES: tl.constexpr = FORMAT != "none"
+    V_STEP: tl.constexpr = 2 if CODES else 1
     k_column = tl.arange(0, K_COLUMNS)
-    v_pair = tl.arange(0, V_PAIRS)
+    v_column = tl.arange(0, V_COLUMNS)
     k_exists = (k_column < K_DIM)[None, :]
-    v_exists = (2 * v_pair < V_DIM)[None, :]
+    v_exists = (V_STEP * v_column < V_DIM)[None, :]
     row = query + batch * stride_query_batch + head[:, None] * stride_query_head
     rows = tl.load(row + k_column[None, :], mask=is_head[:, None] & k_exists, other=0.0)
-    rows = rows.to(tl.float32)
-    # A power of two brings a row's largest element near 2^15: BF16 turns into FP16 without losing a bit.
-    peak_bits = tl.max(tl.abs(rows), 1).to(tl.int32, bitcast=True)
-    exponent = tl.maximum(peak_bits >> 23, 15)
-    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
-    down = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
-    rows = (rows * up[:, None]).to(tl.float16)
-    score_scale = sm_scale * tl.load(k_scale + kv_head * k_scale_step) * unit * _LOG2_E
+    if CODES:
+        rows, down = _lift(rows)
+        score_scale = sm_scale * tl.load(k_scale + kv_head * k_scale_step) * unit * _LOG2_E
+    else:
+        score_scale = sm_scale * _LOG2_E
     if CAPPED:
         # exp2 of the scaled score is then exp(2 * score / soft_cap), of which the tanh is made.
         score_scale = score_scale * 2.0 / soft_cap
-    factor = (down * score_scale)[:, None]
+    factor = (down * score_scale)[:, None] if CODES else score_scale
 
     peak = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    even = tl.zeros([HEADS, V_PAIRS], tl.float32)
-    odd = tl.zeros([HEADS, V_PAIRS], tl.float32)
+    # all columns of V where they come one by one
+    even = tl.zeros([HEADS, V_COLUMNS], tl.float32)
+    odd = tl.zeros([HEADS, V_COLUMNS], tl.float32)
     table = page_table + batch * stride_table
-    k_base = k_codes + kv_head * stride_k_head.to(tl.int64) * 16
-    v_base = v_pairs + kv_head * stride_v_head.to(tl.int64) * 8
+    k_base = k_pages + kv_head * stride_k_head.to(tl.int64) * 16
+    v_base = v_pages + kv_head * stride_v_head.to(tl.int64) * (16 // V_STEP)
     for start in tl.range(begin, last, TILE, num_stages=STAGES):
         token = start + tl.arange(0, TILE)
         # Past the end the last token is read again: stale bytes may be NaN, and 0 * NaN is NaN.
@@ -225,16 +219,17 @@ def decode_gqa_portable_kernel(
         page = tl.load(table + place // PAGE_SIZE).to(tl.int64)
         offset = place % PAGE_SIZE
         k_row = (page * stride_k_page + offset * stride_k_token)[:, None] * 16
-        v_row = (page * stride_v_page + offset * stride_v_token)[:, None] * 8
+        v_row = (page * stride_v_page + offset * stride_v_token)[:, None] * (16 // V_STEP)
         if K_COLUMNS == K_DIM:
             keys = tl.load(k_base + k_row + k_column[None, :])
         else:
             keys = tl.load(k_base + k_row + k_column[None, :], mask=k_exists, other=0)
-        if 2 * V_PAIRS == V_DIM:
-            values = tl.load(v_base + v_row + v_pair[None, :])
+        if V_STEP * V_COLUMNS == V_DIM:
+            values = tl.load(v_base + v_row + v_column[None, :])
         else:
-            values = tl.load(v_base + v_row + v_pair[None, :], mask=v_exists, other=0)
-        keys = _decode_codes(keys, FORMAT, NATIVE)
+            values = tl.load(v_base + v_row + v_column[None, :], mask=v_exists, other=0)
+        if CODES:
+            keys = decode(keys, FORMAT, NATIVE)
         scores = tl.dot(rows, tl.trans(keys)) * factor
         if CAPPED:
             scores = soft_cap * _LOG2_E * (1.0 - 2.0 / (1.0 + tl.exp2(scores)))
@@ -247,10 +242,13 @@ def decode_gqa_portable_kernel(
         weights = tl.exp2(scores - (new_peak - _P_EXPONENT)[:, None])
         total = total * decay + tl.sum(weights, 1)
         peak = new_peak
-        even_values, odd_values = _decode_pairs(values, FORMAT, NATIVE)
-        weights = weights.to(tl.float16)
-        even = tl.dot(weights, even_values, even * decay[:, None])
-        odd = tl.dot(weights, odd_values, odd * decay[:, None])
+        if CODES:
+            even_values, odd_values = _decode_pairs(values, FORMAT, NATIVE)
+            weights = weights.to(tl.float16)
+            even = tl.dot(weights, even_values, even * decay[:, None])
+            odd = tl.dot(weights, odd_values, odd * decay[:, None])
+        else:
+            even = tl.dot(weights.to(values.dtype), values, even * decay[:, None])
 
     base = peak - _P_EXPONENT
     if sinks is not None:
@@ -263,10 +261,13 @@ def decode_gqa_portable_kernel(
         odd *= share[:, None]
         base = higher
     is_empty = total == 0.0
-    weight = tl.load(v_scale + kv_head * v_scale_step) * unit / tl.where(is_empty, 1.0, total)
-    output = tl.join(even * weight[:, None], odd * weight[:, None])
-    output = tl.reshape(output, [HEADS, 2 * V_PAIRS])
-    column = tl.arange(0, 2 * V_PAIRS)
+    if CODES:
+        weight = tl.load(v_scale + kv_head * v_scale_step) * unit / tl.where(is_empty, 1.0, total)
+        output = tl.join(even * weight[:, None], odd * weight[:, None])
+        output = tl.reshape(output, [HEADS, 2 * V_COLUMNS])
+    else:
+        output = even / tl.where(is_empty, 1.0, total)[:, None]
+    column = tl.arange(0, V_STEP * V_COLUMNS)
     out_row = batch * stride_result_batch + head * stride_result_head + split * stride_result_split
     out_exists = is_head[:, None] & (column < V_DIM)[None, :]
     out_place = result + out_row[:, None] + column[None, :]

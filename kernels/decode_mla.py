@@ -5,31 +5,28 @@ scale. The absorbed queries have the same 576 columns. With k = float(code) * sc
 ``sm_scale * q . k`` over all columns and its output is the softmax-weighted sum of k's first 512: V is the K that has
 just been read, so there is one scale, and two different ones cannot be given. A sequence of length 0 gives 0 and a
 log-sum-exp of -inf. Entries of the page table past the last page of a sequence, and bytes past its last token, are
-never used.
+never used. An unquantised cache, of the query's own 16-bit dtype, has no scale.
 
 Codes become FP16 numbers, exactly, and queries too, after multiplication of each row by a power of two; products are
 added up in float32, and probabilities are rounded to FP16. So the error is that of an FP16 probability, 2e-4, also
-where one token takes nearly all the weight.
+where one token takes nearly all the weight. Over an unquantised cache everything is multiplied in its dtype; the error
+is that of a probability so rounded, for BF16 2e-3.
 
-Floor: 576 bytes per token of the sequences, or ``2 * heads * (576 + 512)`` operations per token at the BF16 matrix
+Floor: 576 elements per token of the sequences, or ``2 * heads * (576 + 512)`` operations per token at the BF16 matrix
 rate, whichever takes longer; on an H200 the bytes do up to about 48 heads.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from fp8kv.kernels import decode_mla_portable
 from fp8kv.kernels.arguments import (
     FLOAT_TYPES,
     FP8_TYPES,
+    WIDE_TYPES,
     require,
+    require_cache_dtype,
     require_dtype,
     require_same_device,
     require_scale,
@@ -37,19 +34,15 @@ from fp8kv.kernels.arguments import (
     require_unit_stride,
 )
 from fp8kv.kernels.combine import combine
+from fp8kv.kernels.decode_mla_kernels import choose_kernel
 from fp8kv.kernels.layout import MAX_PAGE_SIZE, gather_tokens, is_page_size
+from fp8kv.kernels.outputs import stage_one_outputs
 from fp8kv.kernels.pdl import uses_pdl
-from fp8kv.kernels.splits import choose_splits
-
-_HAS_GLUON = importlib.util.find_spec("triton.experimental.gluon") is not None
-if _HAS_GLUON:
-    from fp8kv.kernels.hopper import decode_mla_large, decode_mla_small
 
 LATENT_DIM = 512
 ROPE_DIM = 64
 ROW_DIM = LATENT_DIM + ROPE_DIM
 
-_QUERY_TYPES = (torch.bfloat16, torch.float16)
 # cp.async and 16-byte loads: what a row's address and the rows' distances must be multiples of.
 _ALIGNMENT = 16
 _PAGE_SIZES = f"a power of two up to {MAX_PAGE_SIZE}"
@@ -74,7 +67,9 @@ def reference_decode_mla(
     if out is None:
         out = _empty_like(query, out_dtype)
     for batch, length in enumerate(seq_lens.tolist()):
-        rows = gather_tokens(cache, page_table[batch], length).float() * scale
+        rows = gather_tokens(cache, page_table[batch], length).float()
+        if cache.dtype in FP8_TYPES:
+            rows = rows * scale
         scores = query[batch].float() @ rows.T * sm_scale
         if lse is not None:
             lse[batch] = scores.logsumexp(-1)
@@ -105,10 +100,12 @@ def decode_mla(
 
     Args:
         query: [batch, heads, 576], bfloat16 or float16, [latent part | rope part]; any strides but the last.
-        cache: [pages, page_size, 576], FP8 codes; any strides of pages and tokens that are multiples of 16.
+        cache: [pages, page_size, 576], FP8 codes, or bfloat16 or float16 as ``query``; any strides of pages and
+            tokens that are multiples of 16.
         page_table: [batch, max_pages], int32; entry p of a row holds tokens ``p * page_size`` and on.
         seq_lens: [batch], int32, tokens of each sequence, 0 and more.
-        scale: float32, one element: the value of code 1.0, for K and so for V.
+        scale: float32, one element: the value of code 1.0, for K and so for V. Not read where the cache is
+            unquantised.
         sm_scale: what the scores are multiplied by, usually ``(128 + 64) ** -0.5``.
         max_seq_len: no sequence is longer; chooses the number of splits.
         out: [batch, heads, 512], bfloat16, float16 or float32, to be filled; any strides but the last.
@@ -132,13 +129,9 @@ def decode_mla(
     if batch * heads == 0:
         return out
     overlaps = uses_pdl(pdl is not False, query.device)
-    kernel = _choose_kernel(query, cache)
+    kernel = choose_kernel(query, cache)
     splits = num_splits if num_splits is not None else kernel.splits(query, max_seq_len)
-    partial_out = partial_lse = None
-    if splits > 1:
-        sizes = (batch, heads, splits)
-        partial_out = torch.empty(*sizes, LATENT_DIM, dtype=torch.float32, device=query.device)
-        partial_lse = torch.empty(sizes, dtype=torch.float32, device=query.device)
+    result, log_sum = stage_one_outputs(out, lse, splits)
     kernel.launch(
         query,
         cache,
@@ -147,94 +140,13 @@ def decode_mla(
         scale,
         sm_scale=sm_scale,
         num_splits=splits,
-        partial_out=partial_out,
-        partial_lse=partial_lse,
-        out=out,
-        lse=lse,
+        result=result,
+        log_sum=log_sum,
         pdl=overlaps and splits > 1,
     )
-    if partial_out is not None and partial_lse is not None:
-        combine(partial_out, partial_lse, out, lse, pdl=overlaps)
+    if splits > 1 and log_sum is not None:
+        combine(result, log_sum, out, lse, pdl=overlaps)
     return out
-
-
-@dataclass(frozen=True)
-class _Kernel:
-    """A first stage, and what the number of splits depends on.
-
-    Attributes:
-        launch: its launcher.
-        heads: query heads of one program.
-        tile: tokens that a program handles at a time.
-        programs_per_sm: how many run on one multiprocessor at a time.
-        slowdown: how much longer each of them takes than one alone does.
-    """
-
-    launch: Callable[..., None]
-    heads: int
-    tile: int
-    programs_per_sm: int
-    slowdown: float
-
-    def splits(self, query: Tensor, max_seq_len: int) -> int:
-        """Return how many parts the sequences of these queries are cut into."""
-        if not query.is_cuda:
-            return 1
-        return _count_splits(
-            query.shape[0] * -(-query.shape[1] // self.heads),
-            max_seq_len,
-            torch.cuda.get_device_properties(query.device).multi_processor_count,
-            self.tile,
-            self.programs_per_sm,
-            self.slowdown,
-        )
-
-
-@lru_cache(maxsize=1024)  # every layer of a model asks the same
-def _count_splits(
-    programs: int, max_seq_len: int, sms: int, tile: int, programs_per_sm: int, slowdown: float
-) -> int:
-    tiles = -(-max_seq_len // tile)
-
-    def duration(splits: int) -> float:
-        waves: float = -(-programs * splits // sms)
-        if waves > 1:
-            waves = -(-programs * splits // (sms * programs_per_sm)) * slowdown
-        return waves * -(-tiles // splits)
-
-    # A multiprocessor without work is worth a short split; a further program beside one that runs is not.
-    alone = choose_splits(programs, max_seq_len, tile, sms, min_tokens=64)
-    shared = choose_splits(
-        programs, max_seq_len, tile, sms, ctas_per_sm=programs_per_sm, min_tokens=768
-    )
-    return min(alone, shared, key=duration)
-
-
-def _choose_kernel(query: Tensor, cache: Tensor) -> _Kernel:
-    if _HAS_GLUON and decode_mla_small.supports(query, cache):
-        shape = decode_mla_small.choose_shape(query.shape[1])
-        return _Kernel(
-            decode_mla_small.launch_decode_mla_small,
-            heads=shape.heads,
-            tile=shape.tile,
-            programs_per_sm=shape.programs_per_sm,
-            slowdown=shape.slowdown,
-        )
-    if _HAS_GLUON and decode_mla_large.supports(query, cache):
-        return _Kernel(
-            decode_mla_large.launch_decode_mla_large,
-            heads=decode_mla_large.HEADS_PER_PROGRAM,
-            tile=decode_mla_large.TILE_TOKENS,
-            programs_per_sm=1,
-            slowdown=1.0,
-        )
-    return _Kernel(
-        decode_mla_portable.launch_decode_mla_portable,
-        heads=decode_mla_portable.HEADS_PER_PROGRAM,
-        tile=decode_mla_portable.TILE_TOKENS,
-        programs_per_sm=2,
-        slowdown=1.4,
-    )
 
 
 def _empty_like(query: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -252,10 +164,10 @@ def _check(
     num_splits: int | None,
 ) -> None:
     require_shape("query", query, (None, None, ROW_DIM))
-    require_dtype("query", query, _QUERY_TYPES)
+    require_dtype("query", query, WIDE_TYPES)
     require_unit_stride("query", query)
     require_shape("cache", cache, (None, None, ROW_DIM))
-    require_dtype("cache", cache, FP8_TYPES)
+    require_cache_dtype("cache", cache, query)
     require_unit_stride("cache", cache)
     require(is_page_size(cache.shape[1]), "page_size", cache.shape[1], _PAGE_SIZES)
     places = {

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from fp8kv.kernels.cast import decodes_natively
+from fp8kv.kernels.cast import BIT_UNITS, decode, decode_bits, decodes_natively
 from fp8kv.kernels.fp8 import format_of
 
 # Query heads of a program, and tokens that it handles at a time; half of them where more would not fit in registers.
@@ -26,8 +26,6 @@ _LOG2_E = math.log2(math.e)
 # P is 2^14 times the probability relative to the running maximum, so that tokens far below an attention sink are no
 # subnormal numbers in FP16.
 _P_EXPONENT = tl.constexpr(14.0)
-# How much smaller than a code the FP16 number is that has its bits: 2 to the difference of the exponents' biases.
-_BIT_UNITS = {torch.float8_e4m3fn: 256.0, torch.float8_e5m2: 1.0, torch.float8_e4m3fnuz: 128.0}
 
 
 def launch_decode_mla_portable(
@@ -39,10 +37,8 @@ def launch_decode_mla_portable(
     *,
     sm_scale: float,
     num_splits: int,
-    partial_out: Tensor | None,
-    partial_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor | None,
+    result: Tensor,
+    log_sum: Tensor | None,
     pdl: bool,
 ) -> None:
     """Attend every query to every split of its sequence. Checks nothing.
@@ -55,17 +51,11 @@ def launch_decode_mla_portable(
         scale: float32 of one element, of K and V.
         sm_scale: factor of the scores.
         num_splits: parts of a sequence, each a whole number of tiles.
-        partial_out: [batch, heads, num_splits, 512] float32 to fill; not used with one split.
-        partial_lse: [batch, heads, num_splits] float32 to fill, in log2 units; not used with one split.
-        out: [batch, heads, 512] to fill with one split.
-        lse: [batch, heads] float32 to fill with one split, or None.
+        result: [batch, heads, num_splits, 512] to fill, of :func:`fp8kv.kernels.outputs.stage_one_outputs`.
+        log_sum: [batch, heads, num_splits] to fill, or None, likewise.
         pdl: let the kernel behind this one start while the last programs end.
     """
     batch, heads, _ = query.shape
-    if num_splits == 1 or partial_out is None:
-        result, log_sum = out.unsqueeze(2), lse.unsqueeze(2) if lse is not None else None
-    else:
-        result, log_sum = partial_out, partial_lse
     head_blocks = -(-heads // HEADS_PER_PROGRAM)
     page_size = cache.shape[1]
     native = decodes_natively(cache.dtype, cache.device)
@@ -80,7 +70,7 @@ def launch_decode_mla_portable(
         result,
         log_sum,
         sm_scale * _LOG2_E,
-        1.0 if native else _BIT_UNITS[cache.dtype],
+        1.0 if native else BIT_UNITS[cache.dtype],
         1.0 / _LOG2_E if num_splits == 1 else 1.0,
         heads,
         head_blocks,
@@ -206,7 +196,7 @@ def _decode_kernel(
         tile = tl.load(pairs + (base >> 1)[:, None] + pair[None, :])
         rope_codes = tl.load(codes + base[:, None] + 512 + rope[None, :])
         even_tile, odd_tile = _decode_pairs(tile, FORMAT, NATIVE)
-        rope_tile = _decode_codes(rope_codes, FORMAT, NATIVE)
+        rope_tile = decode(rope_codes, FORMAT, NATIVE)
         scores = tl.dot(rope_query, tl.trans(rope_tile))
         scores = tl.dot(even_query, tl.trans(even_tile), scores)
         scores = tl.dot(odd_query, tl.trans(odd_tile), scores) * row_factor
@@ -258,30 +248,4 @@ def _decode_pairs(pairs, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
                 pack=2,
             )
     else:
-        return _decode_bits(pairs & 0xFF, FORMAT), _decode_bits(pairs >> 8, FORMAT)
-
-
-@triton.jit
-def _decode_codes(codes, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
-    """Return the FP16 numbers of uint8 codes."""
-    if NATIVE:
-        if FORMAT == "e5m2":
-            return codes.to(tl.float8e5, bitcast=True).to(tl.float16)
-        else:
-            return codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-    else:
-        return _decode_bits(codes.to(tl.uint16), FORMAT)
-
-
-@triton.jit
-def _decode_bits(codes, FORMAT: tl.constexpr):
-    """Return FP16 numbers made of the bits of codes in uint16: exact, NaN kept, smaller by ``_BIT_UNITS``."""
-    if FORMAT == "e5m2":
-        half = codes << 8
-    else:
-        half = ((codes & 0x80) << 8) | ((codes & 0x7F) << 7)
-        if FORMAT == "e4m3fn":
-            half = tl.where((codes & 0x7F) == 0x7F, 0x7E00, half)
-        else:
-            half = tl.where(codes == 0x80, 0x7E00, half)
-    return half.to(tl.uint16).to(tl.float16, bitcast=True)
+        return decode_bits(pairs & 0xFF, FORMAT), decode_bits(pairs >> 8, FORMAT)

@@ -9,7 +9,9 @@ token i sits at position prefix + i; if causal, it sees the positions up to its 
 
 Everything is multiplied in FP16 with float32 sums. FP8 codes are FP16 numbers. BF16 queries and new tokens become FP16
 numbers without loss after multiplication by a power of two, per row or near 1 / scale; those powers and the scales
-themselves enter the float32 scores and the float32 output. Probabilities are rounded to FP16, never to FP8.
+themselves enter the float32 scores and the float32 output. Probabilities are rounded to FP16, never to FP8. Over an
+unquantised cache, which has the dtype of queries and new tokens and no scales, everything is multiplied in that dtype,
+and BF16 probabilities cost 2e-3.
 
 Floor: ``2 * q_heads * (k_dim + v_dim) * pairs`` operations at the BF16 matrix rate, where pairs counts the visible
 (query, key) combinations; the bytes of the cache matter only for few new tokens.
@@ -117,13 +119,14 @@ def extend(
         key: [tokens, kv_heads, k_dim], bfloat16, float16 or FP8 codes; ``None`` where the new tokens are in the cache
             already, at positions prefix_lens[b] and on.
         value: [tokens, kv_heads, v_dim], like ``key``.
-        k_cache: [pages, page_size, kv_heads, k_dim] float8, any strides but the last; ``None`` where no sequence
-            has a prefix.
+        k_cache: [pages, page_size, kv_heads, k_dim], FP8 codes, or bfloat16 or float16 as ``query`` and ``key``; any
+            strides but the last; ``None`` where no sequence has a prefix.
         v_cache: [pages, page_size, kv_heads, v_dim], like ``k_cache``.
         page_table: [batch, max_pages] int32; entries behind a sequence's last page are never used.
         prefix_lens: [batch] int32, tokens in front of the new ones.
         cu_seqlens: [batch + 1] int32, where in ``query`` the new tokens of each sequence start.
-        k_scale: float32 on the device, one element or [kv_heads]; positive.
+        k_scale: float32 on the device, one element or [kv_heads]; positive. No value is scaled where the cache is
+            unquantised.
         v_scale: the same for V.
         sm_scale: factor of the scores, usually ``k_dim ** -0.5``.
         max_new_tokens: upper bound of the new tokens of one sequence; sets the grid.
@@ -155,7 +158,7 @@ def extend(
     arguments.check()
     if prefix_lens.shape[0] == 0 or query.shape[0] == 0 or max_new_tokens == 0:
         return out
-    if hopper.fits(arguments):
+    if arguments.is_quantised and hopper.fits(arguments):
         hopper.launch(arguments)
     else:
         extend_portable.launch(arguments)
@@ -181,7 +184,8 @@ def _sequence(
     unit = scale.view(-1, 1)
     parts = []
     if cache is not None and pages is not None:
-        parts.append(gather_tokens(cache, pages, cached).float() * unit)
+        rows = gather_tokens(cache, pages, cached).float()
+        parts.append(rows * unit if cache.dtype in FP8_TYPES else rows)
     if new is not None:
         rows = new[first:last].float()
         parts.append(rows * unit if new.dtype in FP8_TYPES else rows)

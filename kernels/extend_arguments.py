@@ -10,8 +10,10 @@ from torch import Tensor
 from fp8kv.kernels.arguments import (
     FLOAT_TYPES,
     FP8_TYPES,
+    WIDE_TYPES,
     KernelArgumentError,
     require,
+    require_cache_dtype,
     require_dtype,
     require_same_device,
     require_scale,
@@ -20,7 +22,6 @@ from fp8kv.kernels.arguments import (
 )
 from fp8kv.kernels.layout import MAX_PAGE_SIZE, is_page_size
 
-WIDE_TYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 
@@ -72,6 +73,16 @@ class ExtendArguments:
     def v_dim(self) -> int:
         """Width of values and outputs."""
         return self.out.shape[-1]
+
+    @property
+    def sources(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """What K and V are read from."""
+        return self.key, self.value, self.k_cache, self.v_cache
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the cache holds codes; true without a cache, where it makes no difference."""
+        return self.k_cache is None or self.k_cache.dtype in FP8_TYPES
 
     @property
     def page_size(self) -> int:
@@ -177,14 +188,14 @@ class ExtendArguments:
         page_size = self.k_cache.shape[1] if self.k_cache.dim() > 1 else 0
         require_shape("k_cache", self.k_cache, (None, page_size, kv_heads, self.k_dim))
         require_shape("v_cache", self.v_cache, (None, page_size, kv_heads, v_dim))
-        require_dtype("k_cache", self.k_cache, FP8_TYPES)
+        require_cache_dtype("k_cache", self.k_cache, self.query)
         require_dtype("v_cache", self.v_cache, (self.k_cache.dtype,))
         require(
             is_page_size(page_size), "page_size", page_size, f"a power of two up to {MAX_PAGE_SIZE}"
         )
         require_shape("page_table", self.page_table, (batch, None))
         require_dtype("page_table", self.page_table, (torch.int32,))
-        if self.key is not None and self.key.dtype in FP8_TYPES:
+        if self.key is not None and (self.key.dtype in FP8_TYPES or not self.is_quantised):
             require_dtype("key", self.key, (self.k_cache.dtype,))
 
 

@@ -3,7 +3,7 @@
 A program computes BLOCK_M query rows of one KV head. Row r of a head is query head ``r % GROUP`` of new token
 ``r // GROUP``: the heads of a group are packed, so that a key tile, once widened to FP16, serves all of them, and
 causality cuts tiles per token and not per BLOCK_M tokens. Keys come in two segments, the paged prefix and the new tokens;
-in each, tiles that every row sees in full run without masks.
+in each, tiles that every row sees in full run without masks. An unquantised cache is multiplied in its own dtype.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from fp8kv.kernels.cast import next_exponent, power_of_two
 from fp8kv.kernels.extend_arguments import ExtendArguments
+from fp8kv.kernels.layout import kernel_view
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LN_2 = tl.constexpr(math.log(2.0))
@@ -51,29 +52,35 @@ def extend_kernel(
     first_token = first_row // GROUP
     last_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP, new_tokens - 1)
 
-    # BF16 becomes FP16 without loss once the row's largest magnitude lies in [2^14, 2^15).
+    CODES: tl.constexpr = FORMAT != "none"
     q_place = query + (start + token) * stride_q_token + head * stride_q_head
     main = tl.arange(0, K_MAIN)
     queries = tl.load(q_place[:, None] + main[None, :], mask=in_rows[:, None], other=0.0)
-    queries = queries.to(tl.float32)
-    largest = tl.max(tl.abs(queries), 1)
+    query_tail = 0
+    if CODES:
+        queries = queries.to(tl.float32)
+        largest = tl.max(tl.abs(queries), 1)
     if K_TAIL:
         tail = K_MAIN + tl.arange(0, K_TAIL)
         in_tail = in_rows[:, None] & (tail < K_DIM)[None, :]
         query_tail = tl.load(q_place[:, None] + tail[None, :], mask=in_tail, other=0.0)
-        query_tail = query_tail.to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(query_tail), 1))
-    exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 127, -100)
-    lift = _power_of_two(14 - exponent)[:, None]
-    if K_TAIL:
-        query_tail = (query_tail * lift).to(tl.float16)
+        if CODES:
+            query_tail = query_tail.to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(query_tail), 1))
+    if CODES:
+        # BF16 becomes FP16 without loss once the row's largest magnitude lies in [2^14, 2^15).
+        exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 127, -100)
+        lift = power_of_two(14 - exponent)[:, None]
+        if K_TAIL:
+            query_tail = (query_tail * lift).to(tl.float16)
+        queries = (queries * lift).to(tl.float16)
+        row_factor = power_of_two(exponent - 14) * (sm_scale * _LOG2_E)
+        k_unit = tl.load(k_scale + kv_head * K_PER_HEAD)
+        v_unit = tl.load(v_scale + kv_head * V_PER_HEAD)
     else:
-        query_tail = 0
-    queries = (queries * lift).to(tl.float16)
-    row_factor = _power_of_two(exponent - 14) * (sm_scale * _LOG2_E)
-
-    k_unit = tl.load(k_scale + kv_head * K_PER_HEAD)
-    v_unit = tl.load(v_scale + kv_head * V_PER_HEAD)
+        row_factor = tl.full([BLOCK_M], sm_scale * _LOG2_E, tl.float32)
+        k_unit = 1.0
+        v_unit = 1.0
     # Finite, so that -inf of a masked score minus the maximum is never NaN.
     peak = tl.full([BLOCK_M], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -99,16 +106,16 @@ def extend_kernel(
                 k_stride = stride_k_token
                 v_stride = stride_v_token
                 table = cu_seqlens
-                if key.dtype.element_ty != tl.uint8:
+                if CODES and key.dtype.element_ty != tl.uint8:
                     # Multiplied by a power of two near 1 / scale, BF16 fits FP16 without loss. From here on one
                     # unit of K's and V's tiles is that power, not the scale.
-                    k_exponent = _next_exponent(k_unit)
-                    v_exponent = _next_exponent(v_unit)
-                    k_factor = _power_of_two(-k_exponent)
-                    v_factor = _power_of_two(-v_exponent)
-                    k_unit = _power_of_two(k_exponent)
+                    k_exponent = next_exponent(k_unit)
+                    v_exponent = next_exponent(v_unit)
+                    k_factor = power_of_two(-k_exponent)
+                    v_factor = power_of_two(-v_exponent)
+                    k_unit = power_of_two(k_exponent)
                     accumulator = accumulator * (v_unit * v_factor)
-                    v_unit = _power_of_two(v_exponent)
+                    v_unit = power_of_two(v_exponent)
             begin = 0
             end = limit
             full_end = limit // BLOCK_N
@@ -162,9 +169,9 @@ def launch(arguments: ExtendArguments) -> None:
     k_main = 1 << (call.k_dim.bit_length() - 1)
     k_tail = max(triton.next_power_of_2(call.k_dim - k_main), 16) if call.k_dim > k_main else 0
     v_block = triton.next_power_of_2(call.v_dim)
-    config = _config(k_main + k_tail + v_block, call.query.device)
+    config = _config(k_main + k_tail + v_block, call.is_quantised, call.query.device)
     rows = triton.cdiv(call.max_new_tokens * call.group, config["BLOCK_M"])
-    sources = [_bytes(tensor) for tensor in (call.key, call.value, call.k_cache, call.v_cache)]
+    sources = [None if tensor is None else kernel_view(tensor) for tensor in call.sources]
     extend_kernel[rows, call.kv_heads, call.prefix_lens.shape[0]](
         call.query, *sources, call.page_table, call.prefix_lens, call.cu_seqlens,
         call.k_scale, call.v_scale, call.sinks, call.out, call.lse,
@@ -176,13 +183,11 @@ def launch(arguments: ExtendArguments) -> None:
     )  # fmt: skip
 
 
-def _bytes(tensor: Tensor | None) -> Tensor | None:
-    return tensor.view(torch.uint8) if tensor is not None and tensor.itemsize == 1 else tensor
-
-
 def _format(arguments: ExtendArguments) -> str:
-    """Name the codes' format, and say where they are to be taken apart as bits: Triton knows it on some GPUs only."""
+    """Name the codes' format, if any, and whether to take them apart as bits: not every GPU's Triton knows it."""
     codes = arguments.k_cache if arguments.k_cache is not None else arguments.keys
+    if not arguments.is_quantised:
+        return "none"
     if codes.dtype == torch.float8_e5m2:
         return "e5m2"
     if codes.dtype == torch.float8_e4m3fnuz:
@@ -193,11 +198,14 @@ def _format(arguments: ExtendArguments) -> str:
     return "e4m3fn" if knows else "e4m3fn bits"
 
 
-def _config(width: int, device: torch.device) -> dict[str, int]:
+def _config(width: int, quantised: bool, device: torch.device) -> dict[str, int]:
     """Return the tiles for K and V of ``width`` columns together: what fits, unspilt, and is fastest of that."""
     if device.type == "cuda" and torch.version.hip is not None:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
+    generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    if generation in (9, 10):
+        if generation == 9 and not quantised and width <= 256:
+            return {"BLOCK_M": 256, "BLOCK_N": 64, "num_warps": 16, "num_stages": 3}
         block_n = 128 if width <= 256 else 64 if width <= 384 else 32
         return {"BLOCK_M": 128, "BLOCK_N": block_n, "num_warps": 8, "num_stages": 2}
     block_n = 64 if width <= 256 else 32
@@ -232,12 +240,12 @@ def _attend(
             key = tl.load(k_place, mask=inside[:, None], other=0.0)
         else:
             key = tl.load(k_place)
-        score = tl.dot(query, tl.trans(_to_fp16(key, k_factor, FORMAT)))
+        score = tl.dot(query, tl.trans(_operand(key, k_factor, FORMAT)))
         if K_TAIL:
             tail = query.shape[1] + tl.arange(0, K_TAIL)
             in_tail = inside[:, None] & (tail < K_DIM)[None, :]
             key_tail = tl.load(keys + k_row[:, None] + tail[None, :], mask=in_tail, other=0.0)
-            score = tl.dot(query_tail, tl.trans(_to_fp16(key_tail, k_factor, FORMAT)), score)
+            score = tl.dot(query_tail, tl.trans(_operand(key_tail, k_factor, FORMAT)), score)
         if SOFT_CAP:
             grown = tl.exp2(score * (row_factor * (2.0 / soft_cap))[:, None])
             score = (soft_cap * _LOG2_E) * (1.0 - 2.0 / (grown + 1.0))
@@ -262,27 +270,20 @@ def _attend(
         else:
             value = tl.load(v_place)
         accumulator = tl.dot(
-            weight.to(tl.float16), _to_fp16(value, v_factor, FORMAT), accumulator * decay[:, None]
+            weight.to(query.dtype), _operand(value, v_factor, FORMAT), accumulator * decay[:, None]
         )
     return accumulator, total, peak
 
 
 @triton.jit
-def _power_of_two(exponent):
-    """Return ``2 ** exponent`` as float32, for int32 exponents of -126 to 127, without rounding."""
-    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+def _operand(x, factor, FORMAT: tl.constexpr):
+    """Return FP16 of codes, which come as bytes, exact, and of ``factor`` times wider numbers, which saturate.
 
-
-@triton.jit
-def _next_exponent(scale):
-    """Return the smallest int32 e with ``2 ** e >= scale``, for a positive, finite, normal float32."""
-    return ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) - 127
-
-
-@triton.jit
-def _to_fp16(x, factor, FORMAT: tl.constexpr):
-    """Return codes, which come as bytes, or ``factor`` times wider numbers; codes are exact, the others saturate."""
-    if x.dtype != tl.uint8:
+    Over an unquantised cache they are what is to be multiplied as they are.
+    """
+    if FORMAT == "none":
+        return x
+    elif x.dtype != tl.uint8:
         scaled = x.to(tl.float32) * factor
         return tl.minimum(tl.maximum(scaled, -_FP16_MAX), _FP16_MAX).to(tl.float16)
     elif FORMAT == "e4m3fn":

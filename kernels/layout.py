@@ -78,6 +78,11 @@ def slots_of(page_table_row: Tensor, positions: Tensor, page_size: int) -> Tenso
     return pages * page_size + positions % page_size
 
 
+def kernel_view(cache: Tensor) -> Tensor:
+    """Return a cache as kernels are given it: bytes for FP8 codes, an unquantised one as it is."""
+    return cache.view(torch.uint8) if cache.element_size() == 1 else cache
+
+
 def gather_tokens(cache: Tensor, page_table_row: Tensor, length: int) -> Tensor:
     """Return the first ``length`` tokens of a sequence, [length, ...], in the cache's dtype.
 

@@ -2,7 +2,8 @@
 
 Contract: the row of slot ``slots[t]`` holds the codes of ``[latent[t] | rope[t]]``, both divided by the one scale; a
 negative slot is skipped; no other byte of the cache changes. Where two tokens name one slot, either may win. Codes
-are those of :func:`fp8kv.kernels.quantize.quantize`, bit for bit.
+are those of :func:`fp8kv.kernels.quantize.quantize`, bit for bit. An unquantised cache, of the inputs' own 16-bit dtype,
+takes the values as they are.
 
 Floor: bytes read and written, 3 per cached element, and 8 per slot. All work is cut into chunks of 16 elements, which
 a thread loads and stores in whole 16-byte accesses: a row is 36 chunks, so no thread idles although its width is no
@@ -24,14 +25,15 @@ from fp8kv.kernels.arguments import (
     FP8_TYPES,
     INDEX_TYPES,
     require,
+    require_cache_dtype,
     require_dtype,
     require_same_device,
     require_scale,
     require_shape,
     require_unit_stride,
 )
-from fp8kv.kernels.cast import plan_cast
-from fp8kv.kernels.layout import is_page_size
+from fp8kv.kernels.cast import plan_write
+from fp8kv.kernels.layout import is_page_size, kernel_view
 from fp8kv.kernels.pdl import launch_options, uses_pdl
 from fp8kv.kernels.quantize import invert, reference_quantize, to_codes
 
@@ -42,10 +44,11 @@ def reference_mla_pack(
     """Do what :func:`mla_pack` does, in plain torch."""
     tokens, page_size = slots.shape[0], cache.shape[1]
     row = torch.cat([latent[:tokens], rope[:tokens].flatten(1)], dim=-1)
-    codes = reference_quantize(row, scale, dtype=cache.dtype).view(torch.uint8)
+    if cache.dtype in FP8_TYPES:
+        row = reference_quantize(row, scale, dtype=cache.dtype)
     kept = slots >= 0
     wanted = slots[kept].long()
-    cache.view(torch.uint8)[wanted // page_size, wanted % page_size] = codes[kept]
+    kernel_view(cache)[wanted // page_size, wanted % page_size] = kernel_view(row)[kept]
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -84,26 +87,28 @@ def _row_kernel(
     latents = tl.load(from_latent[:, None] + lane, mask=(exists & is_latent)[:, None])
     ropes = tl.load(from_rope[:, None] + lane, mask=(exists & ~is_latent)[:, None])
     values = tl.where(is_latent[:, None], latents, ropes)
-    codes = to_codes(values, invert(tl.load(scale)), CAST)
+    if CAST is not None:
+        values = to_codes(values, invert(tl.load(scale)), CAST)
     # PAGE_SIZE is a power of two, and a negative slot is masked, whatever its quotient.
     page = slot // PAGE_SIZE
     place = page * stride_page + (slot % PAGE_SIZE) * stride_offset + chunk * CHUNK
-    tl.store((cache + place)[:, None] + lane, codes, mask=(slot >= 0)[:, None])
+    tl.store((cache + place)[:, None] + lane, values, mask=(slot >= 0)[:, None])
 
 
 def mla_pack(
     latent: Tensor, rope: Tensor, cache: Tensor, slots: Tensor, scale: Tensor, *, pdl: bool = False
 ) -> None:
-    """Quantise latents and rope parts and write them to their slots.
+    """Write latents and rope parts to their slots, quantised unless the cache is not.
 
     Args:
         latent: [>=tokens, latent_dim], bfloat16, float16 or float32, last stride 1; rows from ``tokens`` on are padding
             and left unread.
         rope: [>=tokens, rope_dim] or [>=tokens, 1, rope_dim], rotated, dtype of ``latent``, last stride 1.
-        cache: [pages, page_size, latent_dim + rope_dim], FP8, last stride 1.
+        cache: [pages, page_size, latent_dim + rope_dim], FP8, or bfloat16 or float16 as ``latent``, last stride 1.
         slots: [tokens], int32 or int64, ``page * page_size + offset``; negative to skip the token. Slots lie on the
             device and are not checked against the size of the cache.
-        scale: float32, one element: V is the latent part of the same row, so there is one scale for both.
+        scale: float32, one element: V is the latent part of the same row, so there is one scale for both. Not read where
+            the cache is unquantised.
         pdl: start while the kernel in front ends (:mod:`fp8kv.kernels.pdl`).
 
     Raises:
@@ -124,7 +129,7 @@ def mla_pack(
     _row_kernel[(triton.cdiv(tokens * row_chunks, block),)](
         latent,
         rope,
-        cache.view(torch.uint8),
+        kernel_view(cache),
         slots,
         scale,
         tokens,
@@ -139,7 +144,7 @@ def mla_pack(
         BLOCK=block,
         PDL=overlaps,
         num_warps=num_warps,
-        CAST=plan_cast(cache.dtype, cache.device),
+        CAST=plan_write(cache),
         **launch_options(overlaps),
     )
 
@@ -157,7 +162,7 @@ def _check_pack(latent: Tensor, rope: Tensor, cache: Tensor, slots: Tensor, scal
     require(is_page_size(cache.shape[1]), "the page size", cache.shape[1], "a power of two to 256")
     require_dtype("latent", latent, FLOAT_TYPES)
     require_dtype("rope", rope, (latent.dtype,))
-    require_dtype("cache", cache, FP8_TYPES)
+    require_cache_dtype("cache", cache, latent)
     require_dtype("slots", slots, INDEX_TYPES)
     for name, tensor in (("latent", latent), ("rope", rope), ("cache", cache), ("slots", slots)):
         require_unit_stride(name, tensor)

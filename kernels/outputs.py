@@ -1,4 +1,7 @@
-"""FP8 outputs of a launcher: those that the caller gave, checked, and the others, allocated. Needs torch alone."""
+"""Outputs of a launcher: FP8 ones, checked or allocated, and those of the first stage of a split decode.
+
+Needs torch alone.
+"""
 
 from __future__ import annotations
 
@@ -44,3 +47,24 @@ def fp8_outputs(
         torch.empty(shape, dtype=made, device=device) if tensor is None else tensor
         for tensor, shape in wanted.values()
     ]
+
+
+def stage_one_outputs(out: Tensor, lse: Tensor | None, splits: int) -> tuple[Tensor, Tensor | None]:
+    """Return where the first stage of a split decode writes.
+
+    With one split that is ``out`` and ``lse`` themselves, the logarithms being natural ones. With several it is new
+    float32 tensors for :mod:`fp8kv.kernels.combine`, whose logarithms are to base 2.
+
+    Args:
+        out: [batch, heads, dim].
+        lse: [batch, heads] float32, or None where nobody asked for it.
+        splits: parts of a sequence.
+
+    Returns:
+        [batch, heads, splits, dim], and [batch, heads, splits] or None.
+    """
+    if splits == 1:
+        return out.unsqueeze(2), lse.unsqueeze(2) if lse is not None else None
+    sizes = (*out.shape[:2], splits)
+    partial_out = torch.empty(*sizes, out.shape[2], dtype=torch.float32, device=out.device)
+    return partial_out, torch.empty(sizes, dtype=torch.float32, device=out.device)

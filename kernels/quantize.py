@@ -78,7 +78,7 @@ def to_codes(x, inverse, CAST: tl.constexpr):
         values = x.to(tl.float32)
         quotient = tl.fma(values, high, values * low)
     else:
-        quotient = divide(x.to(tl.float32), scale, nearest, CAST.exact_fma)
+        quotient = divide(x.to(tl.float32), scale, nearest, CAST.exact_fma, True)
     return encode(
         quotient,
         CAST.native,

@@ -103,7 +103,9 @@ def _rotate_and_store(
     column = tl.arange(0, TILE.nope_block)[None, None, :]
     from_rope = stream.rope + token * stream.rope_token + head.to(tl.int64) * stream.rope_head
     to_row = token * stream.out_token + head.to(tl.int64) * stream.out_head
-    # Loads are issued in program order: those that wait for no other load come first.
+    # Loads are issued in program order. The cosines wait for the position, and all else of the rotation for them.
+    cos = tl.load(cosines + half, mask=half < TILE.half)
+    sin = tl.load(cosines + TILE.half + half, mask=half < TILE.half)
     if TILE.nope > 0:
         from_nope = stream.nope + token * stream.nope_token + head.to(tl.int64) * stream.nope_head
         straight = tl.load(from_nope + column, mask=exists & (column < TILE.nope))
@@ -117,8 +119,6 @@ def _rotate_and_store(
         inverse = invert(tl.load(stream.scale))
     else:
         inverse = invert(tl.load(stream.scale + head, mask=head < stream.heads, other=1.0))
-    cos = tl.load(cosines + half, mask=half < TILE.half)
-    sin = tl.load(cosines + TILE.half + half, mask=half < TILE.half)
     if TILE.nope > 0:
         codes = to_codes(straight, inverse, CAST)
         tl.store(stream.out_nope + to_row + column, codes, mask=exists & (column < TILE.nope))

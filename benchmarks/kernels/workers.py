@@ -27,6 +27,7 @@ KERNELS = (
     "mla_pack",
     "mla_pack_kv",
     "rope_quantize",
+    "rope_cache_write",
     "gather",
     "decode_gqa",
     "decode_mla",

@@ -69,10 +69,8 @@ def launch_decode_mla_large(
     *,
     sm_scale: float,
     num_splits: int,
-    partial_out: Tensor | None,
-    partial_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor | None,
+    result: Tensor,
+    log_sum: Tensor | None,
     pdl: bool,
 ) -> None:
     """Attend every query to every split of its sequence. Checks nothing: see :func:`supports`.
@@ -85,20 +83,14 @@ def launch_decode_mla_large(
         scale: float32, one element, of K and V.
         sm_scale: factor of the scores, positive.
         num_splits: parts of a sequence, each of whole tiles of 64 tokens.
-        partial_out: [batch, heads, num_splits, 512] float32, to be filled; unused with one split.
-        partial_lse: [batch, heads, num_splits] float32, to be filled, in log2 units; unused with one split.
-        out: [batch, heads, 512], to be filled with one split.
-        lse: [batch, heads] float32, to be filled with one split, or None.
+        result: [batch, heads, num_splits, 512] to fill, of :func:`fp8kv.kernels.outputs.stage_one_outputs`.
+        log_sum: [batch, heads, num_splits] to fill, or None, likewise.
         pdl: let the kernel behind this one start while the last programs end.
     """
     batch, heads, _ = query.shape
     page_size = cache.shape[1]
     head_blocks = -(-heads // HEADS_PER_PROGRAM)
-    if num_splits == 1 or partial_out is None:
-        result, unit = out.unsqueeze(2), 1.0 / _LOG2_E
-        log_sum = lse.unsqueeze(2) if lse is not None else None
-    else:
-        result, log_sum, unit = partial_out, partial_lse, 1.0
+    unit = 1.0 / _LOG2_E if num_splits == 1 else 1.0
     _decode_kernel[(batch * num_splits * head_blocks,)](
         query,
         cache,

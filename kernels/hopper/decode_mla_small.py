@@ -79,10 +79,8 @@ def launch_decode_mla_small(
     *,
     sm_scale: float,
     num_splits: int,
-    partial_out: Tensor | None,
-    partial_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor | None,
+    result: Tensor,
+    log_sum: Tensor | None,
     pdl: bool,
 ) -> None:
     """Attend every query to every split of its sequence. Checks nothing: see :func:`supports`.
@@ -95,17 +93,11 @@ def launch_decode_mla_small(
         scale: float32 of one element, of K and V.
         sm_scale: factor of the scores.
         num_splits: parts of a sequence, each a whole number of tiles.
-        partial_out: [batch, heads, num_splits, 512] float32 to fill; not used with one split.
-        partial_lse: [batch, heads, num_splits] float32 to fill, in log2 units; not used with one split.
-        out: [batch, heads, 512] to fill with one split.
-        lse: [batch, heads] float32 to fill with one split, or None.
+        result: [batch, heads, num_splits, 512] to fill, of :func:`fp8kv.kernels.outputs.stage_one_outputs`.
+        log_sum: [batch, heads, num_splits] to fill, or None, likewise.
         pdl: let the kernel behind this one start while the last programs end.
     """
     batch, heads, _ = query.shape
-    if num_splits == 1 or partial_out is None:
-        result, log_sum = out.unsqueeze(2), lse.unsqueeze(2) if lse is not None else None
-    else:
-        result, log_sum = partial_out, partial_lse
     shape = choose_shape(heads)
     head_blocks = -(-heads // shape.heads)
     decode_kernel[(batch * num_splits * head_blocks,)](

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
@@ -197,7 +196,7 @@ def fits(arguments: ExtendArguments) -> bool:
         return False
     if torch.cuda.get_device_capability(device)[0] != 9:
         return False
-    sources = [tensor for tensor in _sources(arguments) if tensor is not None]
+    sources = [tensor for tensor in arguments.sources if tensor is not None]
     if any(tensor.dtype == torch.float8_e4m3fnuz for tensor in sources):
         return False
     if (arguments.k_dim, arguments.v_dim) not in _TILES:
@@ -237,7 +236,7 @@ def launch(arguments: ExtendArguments) -> None:
         consumer_registers=consumer_registers,
         producer_registers=producer_registers,
     )
-    words = [None if tensor is None else tensor.view(torch.int32) for tensor in _sources(call)]
+    words = [None if tensor is None else tensor.view(torch.int32) for tensor in call.sources]
     absent = call.cu_seqlens
     rows = triton.cdiv(call.max_new_tokens * call.group, 64 * consumers)
     extend_kernel[rows, call.kv_heads, call.prefix_lens.shape[0]](
@@ -258,10 +257,6 @@ def launch(arguments: ExtendArguments) -> None:
         form=form,
         num_warps=4,
     )
-
-
-def _sources(arguments: ExtendArguments) -> tuple[Tensor | None, ...]:
-    return arguments.key, arguments.value, arguments.k_cache, arguments.v_cache
 
 
 @gluon.jit

@@ -40,6 +40,11 @@ TIMED = {
     "mla_pack": ["MLA576 T8192"],
     "mla_pack_kv": ["128 heads T8192"],
     "rope_quantize": ["MLA 128x192 T8192", "48/8 d128 T8192"],
+    "rope_cache_write": [
+        "32/8 d128 T8192",
+        "48/8 d128 half rotated T64",
+        "32/8 d128 interleaved T8192",
+    ],
     "gather": ["64x4K 8x128 K+V", "64x4K MLA576"],
     "decode_gqa": ["48/8 B64 L8K", "8/1 B1 L64K", "16/4 B64 L8K d256"],
     "decode_mla": ["H16 B64 L8K", "H128 B64 L8K"],
@@ -180,8 +185,12 @@ def launches(all_of_them: bool) -> Iterator[tuple[str, Callable[[], object]]]:
             decode_gqa_options,
             extend_options,
             extend_expanded_mla,
+            decode_gqa_unquantised,
+            partial(decode_mla_unquantised, 16),
+            partial(decode_mla_unquantised, 128),
+            extend_unquantised,
         ):
-            yield launch.__name__, launch
+            yield getattr(launch, "__name__", "decode_mla_unquantised"), launch
 
 
 def launch_timed(kernel: str, shape: str) -> None:
@@ -267,6 +276,59 @@ def extend_expanded_mla() -> None:
         sm_scale=0.07,
         max_new_tokens=1024,
         max_prefix_len=0,
+    )
+
+
+def decode_gqa_unquantised() -> None:
+    from fp8kv.kernels.decode_gqa import decode_gqa
+
+    cache = empty(2048, 16, 8, 128, dtype=torch.bfloat16)
+    decode_gqa(
+        empty(4, 32, 128, dtype=torch.bfloat16),
+        cache,
+        cache,
+        empty(4, 512, dtype=torch.int32),
+        empty(4, dtype=torch.int32),
+        empty(1),
+        empty(1),
+        sm_scale=0.09,
+        max_seq_len=8192,
+    )
+
+
+def decode_mla_unquantised(heads: int) -> None:
+    from fp8kv.kernels.decode_mla import decode_mla
+
+    decode_mla(
+        empty(4, heads, 576, dtype=torch.bfloat16),
+        empty(2048, 64, 576, dtype=torch.bfloat16),
+        empty(4, 512, dtype=torch.int32),
+        empty(4, dtype=torch.int32),
+        empty(1),
+        sm_scale=0.07,
+        max_seq_len=8192,
+    )
+
+
+def extend_unquantised() -> None:
+    """Chunked prefill over BF16 pages that hold the new tokens already."""
+    from fp8kv.kernels.extend import extend
+
+    cache = empty(2048, 16, 8, 128, dtype=torch.bfloat16)
+    extend(
+        empty(1024, 32, 128, dtype=torch.bfloat16),
+        None,
+        None,
+        cache,
+        cache,
+        empty(2, 1024, dtype=torch.int32),
+        empty(2, dtype=torch.int32),
+        empty(3, dtype=torch.int32),
+        empty(1),
+        empty(1),
+        sm_scale=0.09,
+        max_new_tokens=512,
+        max_prefix_len=16384,
     )
 
 

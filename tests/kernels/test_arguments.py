@@ -11,6 +11,7 @@ from fp8kv.kernels.arguments import (
     INDEX_TYPES,
     KernelArgumentError,
     require,
+    require_cache_dtype,
     require_dtype,
     require_same_device,
     require_scale,
@@ -46,6 +47,19 @@ def test_allowed_dtypes_pass_and_others_are_refused_with_both_names(allowed):
     message = str(refusal(require_dtype, "x", torch.empty(1, dtype=torch.bool), allowed))
     assert "dtype of x is bool" in message
     assert all(str(dtype).removeprefix("torch.") in message for dtype in allowed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cache_holds_codes_or_sixteen_bit_numbers_of_the_other_tensors_dtype(dtype):
+    numbers = torch.empty(1, dtype=dtype)
+    for allowed in (dtype, *FP8_TYPES):
+        require_cache_dtype("k_cache", torch.empty(1, dtype=allowed), numbers)
+    for other in {torch.bfloat16, torch.float16, torch.float32} - {dtype}:
+        message = str(refusal(require_cache_dtype, "k_cache", numbers.to(other), numbers))
+        assert "the dtype of k_cache" in message
+        assert str(dtype).removeprefix("torch.") in message
+    wide = torch.empty(1)
+    assert "float32, but must be float8" in str(refusal(require_cache_dtype, "x", wide, wide))
 
 
 @given(shapes, st.data())

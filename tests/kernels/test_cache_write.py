@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fp8kv.kernels import cache_write as module
 from fp8kv.kernels.arguments import KernelArgumentError
 from fp8kv.kernels.cache_write import cache_write, reference_cache_write
+from fp8kv.kernels.cast import plan_cast
 from fp8kv.kernels.layout import PagedLayout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,6 +69,8 @@ def make_problem(
 
 def codes_of(cache):
     """Return the bytes; the sign of a NaN is nobody's promise."""
+    if cache.element_size() > 1:
+        return cache.view(torch.uint8)
     return cache.view(torch.uint8).masked_fill(cache.float().isnan(), POISON)
 
 
@@ -133,10 +136,21 @@ def test_every_input_and_cache_type(dtype, cache_dtype):
     assert_same_codes(make_problem(11, dtype=dtype, cache_dtype=cache_dtype, page_size=4))
 
 
+@pytest.mark.parametrize("order", ["NHD", "HND"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_unquantised_cache_takes_values_as_they_are(dtype, order):
+    problem = make_problem(37, 3, 96, 40, dtype=dtype, cache_dtype=dtype, order=order)
+    problem["slots"][[0, 9]] = -1
+    assert_same_codes(problem)
+    slot = problem["slots"][5]
+    row = problem["k_cache"][slot // 16, slot % 16]
+    assert torch.equal(row, problem["key"][5])
+
+
 @pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_a_gpu_without_a_conversion_writes_the_same_codes(cache_dtype, monkeypatch):
-    plan = module.plan_cast(cache_dtype, torch.device(DEVICE))
-    monkeypatch.setattr(module, "plan_cast", lambda *_: replace(plan, native=False))
+    plan = plan_cast(cache_dtype, torch.device(DEVICE))
+    monkeypatch.setattr(module, "plan_write", lambda *_: replace(plan, native=False))
     assert_same_codes(make_problem(50, cache_dtype=cache_dtype, page_size=4))
 
 

@@ -43,10 +43,13 @@ SCALES = [
 
 
 @triton.jit
-def _divide_kernel(x, scale, out, EXACT_FMA: tl.constexpr, SIZE: tl.constexpr):
+def _divide_kernel(
+    x, scale, out, EXACT_FMA: tl.constexpr, SELECT: tl.constexpr, SIZE: tl.constexpr
+):
     places = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     divisor = tl.load(scale)
-    quotient = divide(tl.load(x + places), divisor, tl.div_rn(1.0, divisor), EXACT_FMA)
+    reciprocal = tl.div_rn(1.0, divisor)
+    quotient = divide(tl.load(x + places), divisor, reciprocal, EXACT_FMA, SELECT)
     tl.store(out + places, quotient)
 
 
@@ -78,11 +81,12 @@ def padded(x):
     return torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).to(DEVICE)
 
 
-def divided(x, scale):
+def divided(x, scale, select=False):
     values, out = padded(x), torch.empty_like(padded(x))
     plan = plan_cast(torch.float8_e4m3fn, DEVICE)
     divisor = torch.tensor(scale, dtype=torch.float32, device=DEVICE)
-    _divide_kernel[(values.numel() // BLOCK,)](values, divisor, out, plan.exact_fma, BLOCK)
+    grid = (values.numel() // BLOCK,)
+    _divide_kernel[grid](values, divisor, out, plan.exact_fma, select, BLOCK)
     return out[: x.numel()]
 
 
@@ -201,8 +205,12 @@ def test_quotients_by_any_scale_are_those_of_an_ieee_division(significand, expon
 
 def assert_divides(x, scale):
     """Compare bit for bit wherever a format tells the quotients apart, and the codes everywhere."""
-    x = x.flatten()
-    found = divided(x, scale)
+    for select in (False, True):
+        assert_divides_so(x.flatten(), scale, select)
+
+
+def assert_divides_so(x, scale, select):
+    found = divided(x, scale, select)
     divisor = torch.tensor(scale, dtype=torch.float32)
     wanted = (x / divisor).to(DEVICE)
     # below half of the smallest step of any format, 2^-17, everything is zero

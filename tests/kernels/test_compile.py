@@ -35,13 +35,21 @@ MOST_REGISTERS = {"cuda": 255, "hip": 512}
 BLOCK_REGISTERS = 65536
 # the longest first
 TARGETS = ["cuda:90", "hip:gfx942", "cuda:80", "cuda:89", "cuda:100"]
-# launches without a cache, whose keys and values are all BF16
-WITHOUT_CODES = {"extend 48/8 1x(0+8K) BF16 new", "extend_expanded_mla"}
+# launches whose keys and values are all BF16: without a cache, or over an unquantised one
+WITHOUT_CODES = {
+    "extend 48/8 1x(0+8K) BF16 new",
+    "extend_expanded_mla",
+    "extend_unquantised",
+    "decode_gqa_unquantised",
+    "decode_mla_unquantised",
+}
+WRITE_KERNELS = ["quantize", "cache_write", "mla_pack", "rope_quantize", "rope_cache_write"]
 # bytes of local memory of a thread, in the worse of Triton 3.6 and 3.7
 KNOWN_SPILLS = {
     ("cuda:80", "decode_mla H16 B64 L8K"): 72,
     ("cuda:90", "decode_mla H128 B64 L8K"): 152,
     ("cuda:90", "extend_options"): 72,
+    ("cuda:90", "extend_unquantised"): 112,
 }
 
 
@@ -123,14 +131,14 @@ def test_a_block_fits_on_a_multiprocessor(target):
             assert row["registers"] * row["warps"] * 32 <= BLOCK_REGISTERS, name
 
 
-@pytest.mark.parametrize("kernel", ["quantize", "cache_write", "mla_pack", "rope_quantize"])
+@pytest.mark.parametrize("kernel", WRITE_KERNELS)
 def test_write_kernels_read_and_write_sixteen_bytes_at_a_time(kernel):
     for row in launched("cuda:90", kernel):
         assert count(row, r"LDG\.E\.(\w+\.)*128") > 0, row["launch"]
         assert count(row, r"STG\.E\.(\w+\.)*(128|64)") > 0, row["launch"]
 
 
-@pytest.mark.parametrize("kernel", ["quantize", "cache_write", "mla_pack", "rope_quantize"])
+@pytest.mark.parametrize("kernel", WRITE_KERNELS)
 def test_write_kernels_convert_with_the_instruction_of_the_gpu(kernel):
     for row in launched("cuda:90", kernel):
         assert count(row, r"F2FP\.SATFINITE\.E4M3") > 0, row["launch"]

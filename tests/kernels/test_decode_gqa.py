@@ -16,8 +16,13 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # The interpreter's BF16 arithmetic is wrong; the kernels read FP16 and float32 alike.
 QUERY_TYPE = torch.bfloat16 if GPU else torch.float16
-POISON = 0x7F  # a NaN in E4M3 and E5M2: what a recycled byte may hold
+POISON = (
+    0xFF  # two make a NaN in BF16 and FP16, one in E4M3 and E5M2: what a recycled byte may hold
+)
 FLOAT32_LIMIT, BFLOAT16_LIMIT = 3e-4, 2.5e-3
+# over an unquantised cache probabilities are rounded to its dtype
+UNQUANTISED_LIMIT = 2.5e-3 if GPU else FLOAT32_LIMIT
+UNQUANTISED_BFLOAT16_LIMIT = 4e-3
 
 
 def make_problem(
@@ -114,6 +119,15 @@ def test_lengths_around_a_page(page_size, order):
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fnuz])
 def test_other_formats(dtype):
     assert_right(make_problem([40, 5], dtype=dtype), splits=(2,))
+
+
+@pytest.mark.parametrize("order", ["NHD", "HND"])
+@pytest.mark.parametrize(("k_dim", "v_dim"), [(64, 64), (96, 64), (192, 128)])
+def test_an_unquantised_cache_is_read_as_it_is_and_no_scale_is_applied(k_dim, v_dim, order):
+    problem = make_problem([0, 1, 16, 17, 150], 2, 3, k_dim, v_dim, dtype=QUERY_TYPE, order=order)
+    assert_right(problem, limit=UNQUANTISED_LIMIT)
+    options = {"window": 20, "soft_cap": 5.0, "sinks": torch.randn(6, device=DEVICE)}
+    assert_right(problem, splits=(1, 2), limit=UNQUANTISED_LIMIT, **options)
 
 
 @pytest.mark.parametrize(("kv_heads", "group"), [(4, 1), (1, 8), (1, 11), (1, 20)])
@@ -214,6 +228,12 @@ def test_any_shape(lengths, kv_heads, group, dims, page_size, order, splits, win
         ("query", lambda t: t.to(torch.float64), "the dtype of query is float64"),
         ("query", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), "stride of query is 6"),
         ("k_cache", lambda t: t.float(), "the dtype of k_cache is float32"),
+        (
+            "k_cache",
+            lambda t: t.to(torch.float16 if GPU else torch.bfloat16),
+            "the dtype of k_cache is b?float16",
+        ),
+        ("v_cache", lambda t: t.to(QUERY_TYPE), "v_cache is b?float16.*float8_e4m3fn"),
         ("v_cache", lambda t: t.view(torch.float8_e5m2), "v_cache is float8_e5m2.*float8_e4m3fn"),
         ("v_cache", lambda t: t[:, :, :1], r"the shape of v_cache is .*any\]"),
         ("v_cache", lambda t: t[..., :40], "the head dimension of v_cache is 40.*multiple of 16"),
@@ -224,6 +244,7 @@ def test_any_shape(lengths, kv_heads, group, dims, page_size, order, splits, win
         ("k_scale", 1.0, "k_scale is a float, but must be a float32 tensor"),
         ("k_scale", lambda t: t.double(), "the dtype of k_scale is float64"),
         ("v_scale", lambda t: t.repeat(2)[:3], r"the shape of v_scale is \[3\].* 1 or 2"),
+        ("sm_scale", 0.0, "sm_scale is 0.0, but must be positive"),
         ("max_seq_len", -1, "max_seq_len is -1"),
         ("window", 0, "window is 0"),
         ("soft_cap", 0.0, "soft_cap is 0.0"),
@@ -317,6 +338,20 @@ def test_on_the_gpu_e5m2_in_hnd_order():
 
 
 @pytest.mark.gpu
+def test_on_the_gpu_an_unquantised_cache():
+    for dtype, limit in ((torch.bfloat16, UNQUANTISED_LIMIT), (torch.float16, FLOAT32_LIMIT)):
+        for dims in ((128, 128), (256, 256), (80, 48)):
+            problem = make_problem([*lengths_around(16), 1000, 2222], 8, 4, *dims, dtype=dtype)
+            problem["query"] = problem["query"].to(dtype)
+            assert_right(problem, splits=(1, 4, None), limit=limit)
+    lengths = torch.randint(0, 1500, (64,)).tolist()
+    problem = make_problem(lengths, 8, 4, 128, dtype=torch.bfloat16, page_size=1)
+    assert_right(problem, splits=(None,), limit=UNQUANTISED_LIMIT)
+    expected = reference_decode_gqa(**problem, out_dtype=torch.float32)
+    assert relative_error(decode_gqa(**problem), expected) <= UNQUANTISED_BFLOAT16_LIMIT
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1024, 8192, 65536])
 @pytest.mark.parametrize("lead", [8.0, 10.0])
 def test_one_key_far_above_the_rest(tokens, lead):
@@ -387,18 +422,19 @@ def test_on_the_gpu_slots_beyond_two_gigabytes(page_size):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
 @pytest.mark.parametrize("splits", [1, None])
-def test_a_captured_graph_reads_lengths_pages_and_scales_anew(splits):
-    problem = make_problem([900, 1500, 3, 0], 8, 6, 128, max_seq_len=1500)
-    other = make_problem([1, 0, 1500, 777], 8, 6, 128, max_seq_len=1500)
+def test_a_captured_graph_reads_lengths_pages_and_scales_anew(splits, dtype):
+    limit = FLOAT32_LIMIT if dtype == torch.float8_e4m3fn else UNQUANTISED_LIMIT
+    problem = make_problem([900, 1500, 3, 0], 8, 6, 128, max_seq_len=1500, dtype=dtype)
+    other = make_problem([1, 0, 1500, 777], 8, 6, 128, max_seq_len=1500, dtype=dtype)
     pages = max(problem["k_cache"].shape[0], other["k_cache"].shape[0])
     for each in (problem, other):
         for name in ("k_cache", "v_cache"):
-            cache = torch.full(
-                (pages, *each[name].shape[1:]), POISON, dtype=torch.uint8, device=DEVICE
-            )
-            cache[: each[name].shape[0]] = each[name].view(torch.uint8)
-            each[name] = cache.view(torch.float8_e4m3fn)
+            used = each[name].view(torch.uint8)
+            cache = torch.full((pages, *used.shape[1:]), POISON, dtype=torch.uint8, device=DEVICE)
+            cache[: len(used)] = used
+            each[name] = cache.view(dtype)
     out = torch.empty(4, 48, 128, device=DEVICE)
     decode_gqa(**problem, out=out, num_splits=splits)
     graph = torch.cuda.CUDAGraph()
@@ -412,7 +448,7 @@ def test_a_captured_graph_reads_lengths_pages_and_scales_anew(splits):
             problem[name].view(as_bytes).copy_(value.view(as_bytes))
         out.fill_(7.0)
         graph.replay()
-        assert relative_error(out, expected) <= FLOAT32_LIMIT
+        assert relative_error(out, expected) <= limit
 
 
 @pytest.mark.gpu

@@ -44,8 +44,10 @@ class Problem:
         device = self.query.device
         out = torch.full((batch, heads, LATENT), math.nan, dtype=dtype, device=device)
         lse = torch.full((batch, heads), math.nan, device=device)
-        partial_out = torch.full((batch, heads, splits, LATENT), math.nan, device=device)
-        partial_lse = torch.full((batch, heads, splits), math.nan, device=device)
+        result, log_sum = out[:, :, None], lse[:, :, None]
+        if splits > 1:
+            result = torch.full((batch, heads, splits, LATENT), math.nan, device=device)
+            log_sum = torch.full((batch, heads, splits), math.nan, device=device)
         large.launch_decode_mla_large(
             self.query,
             self.cache,
@@ -54,14 +56,12 @@ class Problem:
             self.scale,
             sm_scale=self.sm_scale,
             num_splits=splits,
-            partial_out=partial_out,
-            partial_lse=partial_lse,
-            out=out,
-            lse=lse,
+            result=result,
+            log_sum=log_sum,
             pdl=False,
         )
         if splits > 1:
-            combine(partial_out, partial_lse, out, lse)
+            combine(result, log_sum, out, lse)
         return out, lse
 
     def reference(self) -> tuple[Tensor, Tensor]:
@@ -251,10 +251,8 @@ def test_nothing_beside_the_output_is_written() -> None:
         problem.scale,
         sm_scale=SM_SCALE,
         num_splits=1,
-        partial_out=None,
-        partial_lse=None,
-        out=out,
-        lse=None,
+        result=out[:, :, None],
+        log_sum=None,
         pdl=False,
     )
     assert not (out == 5.0).any()

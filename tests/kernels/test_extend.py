@@ -15,9 +15,10 @@ from fp8kv.kernels.arguments import KernelArgumentError
 from fp8kv.kernels.extend import extend, reference_extend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAN_CODE = 0x7F  # in E4M3FN and E5M2
+NAN_CODE = 0xFF  # in E4M3FN and E5M2; two of them in BF16 and FP16
 # what rounding probabilities, and BF16 outputs, to their formats costs; with some room
 FLOAT32_LIMIT, BFLOAT16_LIMIT = 3e-4, 2.5e-3
+UNQUANTISED_LIMITS = {torch.float16: 3e-4, torch.bfloat16: 2.5e-3}
 NEW_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,20 +57,23 @@ def build(problem: Problem, seed: int = 0) -> tuple[tuple, dict]:
     order = torch.randperm(pages, generator=generator, device=DEVICE).int()
     garbage = torch.tensor([-1, 2**31 - 1], dtype=torch.int32, device=DEVICE)
     table = garbage.repeat(len(lengths), max([*counts, 1]))
+    quantised, itemsize = problem.code_type.itemsize == 1, problem.code_type.itemsize
     largest = torch.finfo(problem.code_type).max
     caches = []
     for dim, scale in ((problem.k_dim, k_scale), (problem.v_dim, v_scale)):
         cache = torch.full(
-            (pages, page_size, heads, dim), NAN_CODE, dtype=torch.uint8, device=DEVICE
+            (pages, page_size, heads, dim * itemsize), NAN_CODE, dtype=torch.uint8, device=DEVICE
         )
         for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
             own = order[sum(counts[:b]) : sum(counts[: b + 1])]
             table[b, :count] = own
-            tokens = torch.full((count * page_size, heads, dim), NAN_CODE, dtype=torch.uint8)
+            tokens = torch.full((count * page_size, *cache.shape[2:]), NAN_CODE, dtype=torch.uint8)
             tokens = tokens.to(DEVICE)
-            codes = (normal(length, heads, dim) / scale[:, None]).clamp(-largest, largest)
-            tokens[:length] = codes.to(problem.code_type).view(torch.uint8)
-            cache[own.long()] = tokens.view(count, page_size, heads, dim)
+            stored = normal(length, heads, dim)
+            if quantised:
+                stored = (stored / scale[:, None]).clamp(-largest, largest)
+            tokens[:length] = stored.to(problem.code_type).view(torch.uint8)
+            cache[own.long()] = tokens.view(count, page_size, *cache.shape[2:])
         if problem.hnd:
             cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
         caches.append(cache.view(problem.code_type))
@@ -157,6 +161,13 @@ FORMS = {
     "96 and 64": {"k_dim": 96, "v_dim": 64},
     "256": {"k_dim": 256, "v_dim": 256},
 }
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+UNQUANTISED = {
+    "in the cache": {"new": "cache", "hnd": True},
+    "beside the cache": {"new": "bf16" if DEVICE == "cuda" else "fp16"},
+    "all": {"new": "cache", "options": {"sinks": True, "window": 20, "soft_cap": 5.0}},
+    "192 and 128": {"new": "cache", "k_dim": 192, "v_dim": 128, "q_heads": 2, "kv_heads": 2},
+}
 
 
 # each form is compiled by itself, which takes seconds on a GPU: there the large problems cover the rest
@@ -166,6 +177,12 @@ ON_A_GPU = ["scale per head, in the cache", "codes", "E5M2", "window of one", "a
 @pytest.mark.parametrize("form", ON_A_GPU if DEVICE == "cuda" else FORMS)
 def test_every_form_equals_the_reference(form):
     check(Problem(RAGGED, **FORMS[form]))
+
+
+@pytest.mark.parametrize("form", UNQUANTISED)
+def test_an_unquantised_cache_is_read_as_it_is_and_no_value_is_scaled(form):
+    problem = Problem(RAGGED, code_type=HALF, query_type=HALF, **UNQUANTISED[form])
+    check(problem, UNQUANTISED_LIMITS[HALF])
 
 
 @pytest.mark.parametrize("form", ["bf16", "E4M3FNUZ", "96 and 64"])
@@ -363,6 +380,14 @@ def test_large_problems(form):
 @pytest.mark.parametrize("form", ["bf16", "in the cache", "192 and 128"])
 def test_large_problems_with_the_portable_kernel(form, portable):
     check(replace(LARGE, **LARGE_FORMS[form]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("new", ["cache", "bf16"])
+def test_large_problems_over_an_unquantised_cache(new):
+    problem = replace(LARGE, new=new, code_type=torch.bfloat16)
+    check(problem, UNQUANTISED_LIMITS[torch.bfloat16])
+    check(problem, 4e-3, out_dtype=torch.bfloat16)
 
 
 @pytest.mark.gpu

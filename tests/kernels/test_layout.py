@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp8kv.kernels.layout import MAX_PAGE_SIZE, PagedLayout, gather_tokens, is_page_size, slots_of
+from fp8kv.kernels.layout import (
+    MAX_PAGE_SIZE,
+    PagedLayout,
+    gather_tokens,
+    is_page_size,
+    kernel_view,
+    slots_of,
+)
 
 page_sizes = st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128, 256])
 orders = st.sampled_from(["NHD", "HND"])
@@ -29,6 +36,14 @@ def test_other_page_sizes_are_refused_with_the_number(page_size):
 def test_an_unknown_order_is_refused_with_its_name_and_the_known_ones():
     with pytest.raises(ValueError, match=r"order is 'DHN'.*'NHD' or 'HND'"):
         PagedLayout(16, "DHN")
+
+
+def test_kernels_are_given_the_bytes_of_codes_and_other_numbers_as_they_are():
+    codes = torch.ones(2, 3).to(torch.float8_e4m3fn)
+    assert kernel_view(codes).dtype == torch.uint8
+    assert kernel_view(codes).data_ptr() == codes.data_ptr()
+    numbers = codes.bfloat16()
+    assert kernel_view(numbers) is numbers
 
 
 def test_a_layout_cannot_be_changed():

@@ -35,7 +35,8 @@ def make_problem(
 ):
     """Return the arguments of one call; the slots are shuffled and leave three pages' worth of others."""
     pages = -(-tokens // page_size) + 3
-    cache = torch.full((pages, page_size, latent + rope), POISON, dtype=torch.uint8, device=DEVICE)
+    width = (latent + rope) * cache_dtype.itemsize
+    cache = torch.full((pages, page_size, width), POISON, dtype=torch.uint8, device=DEVICE)
     return {
         "latent": values(tokens + padding, latent, dtype=dtype),
         "rope": values(tokens + padding, rope, dtype=dtype),
@@ -67,6 +68,16 @@ def test_rows_go_to_their_slots(tokens, page_size, index):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_formats(dtype, cache_dtype):
     assert_same_cache(make_problem(5, dtype=dtype, cache_dtype=cache_dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_unquantised_cache_takes_values_as_they_are(dtype):
+    problem = make_problem(600, dtype=dtype, cache_dtype=dtype)
+    problem["slots"][7] = -1
+    assert_same_cache(problem)
+    slot = problem["slots"][5]
+    row = problem["cache"][slot // 16, slot % 16]
+    assert torch.equal(row, torch.cat([problem["latent"][5], problem["rope"][5]]))
 
 
 @pytest.mark.parametrize(("latent", "rope"), [(32, 8), (24, 4), (7, 3), (48, 16)])
