@@ -22,22 +22,24 @@ from .loader import (
     default_recipe,
     find_recipe_for,
     list_recipes,
+    load_expect,
     load_recipe,
     recipe_digest,
     recipe_text,
     recipe_to_yaml,
 )
+from .matching import check_model
 from .schema import (
     SCHEMA_VERSION,
     Calibration,
     Data,
+    Expect,
     Model,
     Output,
     Recipe,
     Scales,
     Serve,
     Source,
-    check_model,
 )
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "Data",
     "DataError",
     "EvaluationError",
+    "Expect",
     "Fp8kvError",
     "Model",
     "Output",
@@ -65,6 +68,7 @@ __all__ = [
     "default_recipe",
     "find_recipe_for",
     "list_recipes",
+    "load_expect",
     "load_recipe",
     "override",
     "recipe_content",

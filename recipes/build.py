@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import RecipeError
-from .schema import SCHEMA_VERSION, Recipe
+from .schema import SCHEMA_VERSION, Expect, Recipe
 
 _Section = TypeVar("_Section")
 # Beyond it a float no longer holds every whole number.
@@ -43,6 +43,15 @@ def build_recipe(content: object) -> Recipe:
         )
     rest = {key: value for key, value in content.items() if key != "schema"}
     return _section(rest, Recipe, "")
+
+
+def build_expect(content: object) -> Expect:
+    """Make expectations of a plain mapping: a recipe's ``expect`` section on its own.
+
+    Raises:
+        RecipeError: As :func:`build_recipe`.
+    """
+    return _section(content, Expect, "expect")
 
 
 def recipe_content(recipe: Recipe) -> dict[str, Any]:
@@ -142,7 +151,15 @@ def _scalar(value: object, expected: type, path: str) -> Any:
     if type(value) is expected and finite:
         return value
     quotes = ", so put it in quotes" if expected is str and not isinstance(value, str) else ""
-    raise _mismatch(path, value, _describe(expected) + quotes)
+    raise _mismatch(path, value, _describe(expected) + quotes + _as_yaml(value, expected))
+
+
+def _as_yaml(value: object, expected: type) -> str:
+    """Say how to write a number that YAML 1.1 takes for text, such as ``1e-3``."""
+    try:
+        return f", so write {float(value)}" if expected is float and type(value) is str else ""
+    except ValueError:
+        return ""
 
 
 def _free(value: object, path: str) -> Any:

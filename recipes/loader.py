@@ -4,15 +4,17 @@ import hashlib
 import json
 import os
 from collections.abc import Hashable, Mapping
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
-from .build import build_recipe, did_you_mean, recipe_content
+from .build import build_expect, build_recipe, did_you_mean, recipe_content
 from .errors import RecipeError
-from .schema import Recipe, model_disagreements
+from .matching import model_disagreements
+from .schema import Expect, Recipe
 
 _SUFFIXES = (".yaml", ".yml")
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
@@ -33,6 +35,29 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         return build_recipe(_parse(text))
     except RecipeError as error:
         raise RecipeError(f"{origin}: {error}") from None
+
+
+def load_expect(*settings: str) -> Expect:
+    """Load expectations; a later setting wins over those before it.
+
+    Args:
+        settings: Each ``key=value`` (``max_kl=1e-3``), or the name or file of a recipe, or a YAML or JSON file that
+            holds an ``expect`` section's keys alone.
+
+    Raises:
+        RecipeError: A setting cannot be read, has an unknown key or a wrong value, or all together say nothing.
+    """
+    chosen: dict[str, object] = {}
+    for setting in settings:
+        key, is_inline, value = setting.partition("=")
+        found = {key: _number(value)} if is_inline else _thresholds(setting)
+        chosen |= {name: each for name, each in found.items() if each is not None}
+    expect = build_expect(chosen)
+    if expect == Expect(arm=expect.arm):
+        raise RecipeError(
+            f"{' '.join(settings) or 'no setting'} expects nothing; give thresholds such as max_accuracy_drop=1"
+        )
+    return expect
 
 
 def recipe_text(name_or_path: str | Path) -> str:
@@ -66,14 +91,14 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """Give the SHA-256, in hex, of a recipe's whole content, defaults included.
+    """Give the SHA-256, in hex, of all that a recipe says about the calibration, defaults included.
 
-    The order of keys and the way of writing (comments, spaces, ``1`` for ``1.0``) do not matter.
+    The order of keys and the way of writing (comments, spaces, ``1`` for ``1.0``) do not matter, nor does what is
+    expected of the result, which shapes nothing of it.
     """
-    content = json.dumps(
-        recipe_content(recipe), sort_keys=True, separators=(",", ":"), allow_nan=False
-    )
-    return hashlib.sha256(content.encode("ascii")).hexdigest()
+    content = {key: value for key, value in recipe_content(recipe).items() if key != "expect"}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
 def find_recipe_for(config: Mapping[str, Any], source: str | None = None) -> str | None:
@@ -124,6 +149,25 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
         raise RecipeError(f"recipe file {name} is not UTF-8 text; save it as UTF-8") from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"recipe file {name} cannot be read: {error}") from None
+
+
+def _number(text: str) -> object:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _thresholds(name_or_path: str) -> Mapping[str, object]:
+    origin, text = _read(name_or_path)
+    try:
+        content = _parse(text)
+        if isinstance(content, Mapping) and "schema" not in content:
+            build_expect(content)
+            return content
+        return asdict(build_recipe(content).expect)
+    except RecipeError as error:
+        raise RecipeError(f"{origin}: {error}") from None
 
 
 def _parse(text: str) -> object:

@@ -19,6 +19,7 @@ Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 Estimator: TypeAlias = Literal["absmax", "percentile", "mse"]
 Granularity: TypeAlias = Literal["tensor", "head"]
 Fp8Format: TypeAlias = Literal["e4m3fn", "e5m2", "e4m3fnuz"]
+QuantisedArm: TypeAlias = Literal["fp8-unit", "fp8", "emulate"]
 TargetName: TypeAlias = Literal["vllm", "sglang", "transformers", "modelopt"]
 
 
@@ -180,6 +181,42 @@ class Serve:
 
 
 @dataclass(frozen=True)
+class Expect:
+    """Say how far a quantised cache may fall behind the unquantised one; None expects nothing.
+
+    ``fp8kv eval --expect`` checks what is said here and fails where it does not hold.
+
+    Attributes:
+        arm: The cache that must hold it, as ``fp8kv eval`` names it.
+        max_accuracy_drop: Percentage points of GSM8K exact match, under either filter.
+        max_task_drop: Percentage points of any metric of an lm-evaluation-harness task of which more is better.
+        max_kl: Mean divergence from the unquantised cache, in nats per token.
+        min_top1: Share of tokens whose likeliest token is the unquantised cache's, in [0, 1].
+        max_perplexity_ratio: Perplexity over that of the unquantised cache.
+        min_needle_recall: Share of needles that are found, in [0, 1].
+    """
+
+    arm: QuantisedArm = "fp8"
+    max_accuracy_drop: float | None = None
+    max_task_drop: float | None = None
+    max_kl: float | None = None
+    min_top1: float | None = None
+    max_perplexity_ratio: float | None = None
+    min_needle_recall: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_accuracy_drop", "max_task_drop", "max_kl"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"expect.{name}", value, "a number of at least 0")
+        for name in ("min_top1", "min_needle_recall"):
+            value = getattr(self, name)
+            expected = "a number from 0 to 1"
+            _require(value is None or 0 <= value <= 1, f"expect.{name}", value, expected)
+        if self.max_perplexity_ratio is not None:
+            _require_positive("expect.max_perplexity_ratio", self.max_perplexity_ratio)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Say what to calibrate, on what, how, for which engines, and what was measured.
 
@@ -192,6 +229,7 @@ class Recipe:
         scales: How scales follow from the statistics.
         output: Which engines to write for.
         serve: Suggested flags per engine.
+        expect: How far a quantised cache may fall behind the unquantised one.
         measured: What was measured with this recipe, free form (``exact_match``, ``gpu``, ``date``, ...);
             empty where nothing was.
     """
@@ -204,6 +242,7 @@ class Recipe:
     scales: Scales = field(default_factory=Scales)
     output: Output = field(default_factory=Output)
     serve: Serve = field(default_factory=Serve)
+    expect: Expect = field(default_factory=Expect)
     measured: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -214,53 +253,6 @@ class Recipe:
                 'scales.granularity is "head" while model.attention is "mla"; all heads of an MLA layer '
                 'share one cached row, so use "tensor"'
             )
-
-
-def check_model(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that a recipe was not written for.
-
-    Args:
-        recipe: The recipe to apply.
-        config: The checkpoint's ``config.json``. Facts are looked up in its ``text_config`` first, where there
-            is one, because that is the model that owns the KV cache.
-
-    Raises:
-        RecipeError: ``model_type`` or a fact disagrees; the message lists all that do.
-    """
-    wrong = model_disagreements(recipe.model, config)
-    if wrong:
-        raise RecipeError(
-            f"recipe {recipe.name} does not fit this checkpoint: {'; '.join(wrong)}; choose another recipe, "
-            "or correct its model section"
-        )
-
-
-def model_disagreements(model: Model, config: Mapping[str, Any]) -> list[str]:
-    """List what a ``config.json`` says otherwise than a recipe, one phrase per key; empty if it fits."""
-    nested = config.get("text_config")
-    layers = (nested, config) if isinstance(nested, Mapping) else (config,)
-    wrong = []
-    types = [layer["model_type"] for layer in layers if "model_type" in layer]
-    if model.model_type and not any(found in model.model_type for found in types):
-        found_types = " / ".join(map(str, types)) or "missing"
-        wrong.append(f"model_type is {found_types}, expected {' or '.join(model.model_type)}")
-    for key, expected in model.facts.items():
-        options = expected if isinstance(expected, list | tuple) else (expected,)
-        holder = next((layer for layer in layers if key in layer), None)
-        if holder is None:
-            wrong.append(f"{key} is missing, expected {_alternatives(options)}")
-        elif not any(_same(holder[key], option) for option in options):
-            wrong.append(f"{key} is {holder[key]}, expected {_alternatives(options)}")
-    return wrong
-
-
-def _alternatives(options: list[Any] | tuple[Any, ...]) -> str:
-    return " or ".join(map(str, options))
-
-
-def _same(found: object, expected: object) -> bool:
-    # True == 1 in Python, but a flag is not a count.
-    return isinstance(found, bool) == isinstance(expected, bool) and found == expected
 
 
 def _require(condition: bool, path: str, value: object, expected: str) -> None:

@@ -98,6 +98,14 @@ def test_what_is_no_recipe_of_this_schema_is_refused(content, message):
         ({"model": {"facts": [1]}}, "model.facts is a list; expected a mapping"),
         ({"model": {"facts": {1: 2}}}, "model.facts has the key 1; expected text, so quote it"),
         (
+            {"expect": {"max_kl": "1e-3"}},
+            'expect.max_kl is "1e-3"; expected a finite number, so write 0.001',
+        ),
+        (
+            {"expect": {"arm": "bf16"}},
+            'expect.arm is "bf16"; expected one of fp8-unit, fp8, emulate',
+        ),
+        (
             {"measured": {"runs": [{"when": object}]}},
             "measured.runs[0].when is <class 'object'>; expected text, a finite number",
         ),
@@ -121,7 +129,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_key_value_and_expectation(chang
         (
             {"scale": {}},
             "unknown key scale (did you mean scales?); known keys: name, description, model, data, "
-            "calibration, scales, output, serve, measured",
+            "calibration, scales, output, serve, expect, measured",
         ),
         (
             {"scales": {"headrom": 1.0}},

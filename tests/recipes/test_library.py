@@ -81,6 +81,11 @@ class TestEveryRecipe:
     def test_it_claims_no_measurement_that_was_not_made(self, name):
         assert load_recipe(name).measured == {}
 
+    def test_it_says_how_much_accuracy_the_cache_may_cost(self, name):
+        expect = load_recipe(name).expect
+        assert expect.arm == "fp8"
+        assert 0 < expect.max_accuracy_drop <= 1
+
     def test_it_opens_with_a_comment_and_says_where_engines_ignore_scales(self, name):
         text = recipe_text(name)
         assert text.startswith("# ")

@@ -7,11 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8kv.recipes import (
+    Expect,
     Recipe,
     RecipeError,
     default_recipe,
     find_recipe_for,
     list_recipes,
+    load_expect,
     load_recipe,
     override,
     recipe_digest,
@@ -219,6 +221,11 @@ def test_the_digest_changes_with_the_content(change):
     assert recipe_digest(override(recipe, change)) != recipe_digest(recipe)
 
 
+def test_what_is_expected_of_the_result_is_not_part_of_the_digest():
+    recipe = load_recipe("minimax-m2")
+    assert recipe_digest(override(recipe, {"expect.max_kl": 0.5})) == recipe_digest(recipe)
+
+
 def test_the_digest_stays_the_same_over_releases():
     # Statistics files carry it: a change of the schema that moves it must be made knowingly.
     assert (
@@ -282,3 +289,52 @@ KIMI_TEXT = {**DEEPSEEK, "model_type": "kimi_k2", "num_attention_heads": 64}
 )
 def test_the_recipe_of_a_checkpoint_is_found_by_its_config(config, source, expected):
     assert find_recipe_for(config, source) == expected
+
+
+def test_expectations_come_from_a_recipe_a_file_and_inline_and_the_last_wins(write):
+    recipe = write(f"{MINIMAL}expect: {{arm: emulate, max_kl: 0.5, min_top1: 0.9}}\n")
+    file = write("max_kl: 0.25\n", "thresholds.yaml")
+    json_file = write('{"max_kl": 0.125, "arm": "fp8"}', "thresholds.json")
+    assert load_expect(str(recipe)) == Expect(arm="emulate", max_kl=0.5, min_top1=0.9)
+    assert load_expect(str(recipe), str(file), "max_accuracy_drop=1") == Expect(
+        arm="emulate", max_kl=0.25, min_top1=0.9, max_accuracy_drop=1.0
+    )
+    assert load_expect(str(file), str(json_file)) == Expect(arm="fp8", max_kl=0.125)
+    assert load_expect(str(recipe), "arm=fp8", "max_kl=1e-3").arm == "fp8"
+    assert load_expect("max_kl=0.5", "max_kl=1e-3") == Expect(max_kl=0.001)
+
+
+def test_expectations_come_from_a_built_in_recipe():
+    assert load_expect("minimax-m2") == load_recipe("minimax-m2").expect
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("max_kl=low", 'expect.max_kl is "low"; expected a finite number'),
+        ("max_kl=", 'expect.max_kl is ""; expected a finite number'),
+        ("max_kl=inf", "expect.max_kl is inf; expected a finite number"),
+        ("min_top1=2", "expect.min_top1 is 2.0; expected a number from 0 to 1"),
+        ("max_lk=1", "unknown key expect.max_lk (did you mean max_kl?); known keys of expect: arm"),
+        ("arm=emulate", "arm=emulate expects nothing; give thresholds such as max_accuracy_drop=1"),
+        ("minimax-m3", "unknown recipe minimax-m3 (did you mean minimax-m2?)"),
+    ],
+)
+def test_expectations_that_cannot_be_read_are_refused(setting, message):
+    with pytest.raises(RecipeError) as caught:
+        load_expect(setting)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_wrong_expectation_in_a_file_names_the_file(write):
+    for text in ("max_kl: low\n", f"{MINIMAL}expect: {{max_kl: low}}\n"):
+        path = write(text)
+        with pytest.raises(RecipeError) as caught:
+            load_expect(str(path))
+        assert str(caught.value) == f'{path}: expect.max_kl is "low"; expected a finite number'
+
+
+def test_a_recipe_that_expects_nothing_cannot_be_asked(write):
+    path = write(MINIMAL)
+    with pytest.raises(RecipeError, match=r"mine\.yaml expects nothing"):
+        load_expect(str(path))
