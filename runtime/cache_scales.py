@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fp8kv.calibrate.formats.attention_modules import is_layer_tensor
 from fp8kv.calibrate.formats.checkpoint import Checkpoint
 from fp8kv.calibrate.formats.json_text import read_object
 from fp8kv.calibrate.formats.kv_names import FoundScale, find_kv_scales
@@ -57,7 +58,7 @@ class CacheScales:
 
 
 def read_scales(checkpoint: Checkpoint) -> CacheScales | None:
-    """Return the KV scales of a checkpoint, in any spelling that is known, or None if it has none.
+    """Return the KV scales of a checkpoint's decoder, in any spelling that is known, or None if it has none.
 
     Raises:
         CheckpointError: a scale or fp8kv's own record cannot be read.
@@ -65,6 +66,8 @@ def read_scales(checkpoint: Checkpoint) -> CacheScales | None:
     """
     streams: dict[str, dict[str, FoundScale]] = {}
     for scale in find_kv_scales(checkpoint):
+        if not is_layer_tensor(scale.tensor):
+            continue  # of an encoder or a draft head, whose layers are counted from 0, too
         _check(scale)
         for stream in scale.stream:
             known = streams.setdefault(scale.layer, {}).setdefault(stream, scale)

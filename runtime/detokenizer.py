@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 _REPLACEMENT = "\ufffd"
 
 _MOST_TOKENS = 8
@@ -33,6 +35,9 @@ class Detokenizer:
         """
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
+        # what a text can end with that ends in a stop string's beginning
+        self._stop_characters = frozenset(character for stop in stops for character in stop[:-1])
+        self._backend = _backend(tokenizer)
         self._window: list[int] = []
         self._num_sent = (
             0  # characters of the window's text that were handed on to the search for stops
@@ -100,7 +105,9 @@ class Detokenizer:
             self._is_finished = True
             self._held = ""
             return text[: end - len(self._stop)]
-        num_held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        num_held = 0
+        if text and text[-1] in self._stop_characters:
+            num_held = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 
@@ -115,6 +122,8 @@ class Detokenizer:
         self._clean = len(self._window)
 
     def _decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        if self._backend is not None:
+            return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
         # cleaning up spaces changes text that was certain, and most tokenizers do without it
         text: str = self._tokenizer.decode(
             token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
@@ -136,6 +145,18 @@ class Detokenizer:
             return True
         whole = self._decode([token_id], skip_special_tokens=False)
         return bool(whole) and not self._decode([token_id])
+
+
+def _backend(tokenizer: Any) -> Any:
+    """Return what a fast tokenizer decodes with, None where the tokenizer adds something of its own to that."""
+    kind = type(tokenizer)
+    is_plain = (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind.decode is PreTrainedTokenizerFast.decode
+        and kind._decode is PreTrainedTokenizerFast._decode
+    )
+    # transformers checks its arguments for longer than the backend takes to decode a few tokens
+    return tokenizer.backend_tokenizer if is_plain else None
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,7 +1,16 @@
 """The engine: requests in, outputs step by step, over any ``forward(batch)``.
 
-One step is one forward pass. :mod:`fp8kv.runtime.scheduler` says what it computes; here its logits become tokens,
+A step launches one forward pass. :mod:`fp8kv.runtime.scheduler` says what it computes; here its logits become tokens,
 text and reasons to end. Text, stops and counters live on the host; nothing here knows a model or an attention kernel.
+
+The device never waits for the host. A step launches a pass before it reads what the pass before has chosen::
+
+    device   | pass 1              | pass 2                   | pass 3
+    host     | launch 1 | launch 2 | read 1, text, launch 3   | read 2, text, launch 4 | ...
+
+The chosen tokens go from pass to pass on the device, and ``max_tokens`` is a matter of counting. Only the end of
+sequence and stop strings are found when the next pass runs already: what that pass says of the continuation is dropped.
+Its pages can be given away meanwhile, because whoever gets them writes them in a later pass.
 """
 
 from __future__ import annotations
@@ -20,9 +29,10 @@ from fp8kv.recipes.errors import RequestError
 from fp8kv.runtime.batch import Batch, make_batch
 from fp8kv.runtime.detokenizer import Detokenizer
 from fp8kv.runtime.limits import EngineLimits, EngineStatus
+from fp8kv.runtime.outputs import News, make_output
 from fp8kv.runtime.paging import PageAllocator
 from fp8kv.runtime.requests import FinishReason, Output, Request, TokenLogprob
-from fp8kv.runtime.sampling import Sampled, SamplingParameters, sample
+from fp8kv.runtime.sampling import PendingSample, Sampled, SamplingParameters, sample, upload
 from fp8kv.runtime.scheduler import Continuation, Scheduler, Work
 
 
@@ -40,6 +50,14 @@ class _Live:
 
     parameters: SamplingParameters
     detokenizer: Detokenizer
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A forward pass whose tokens nobody has read."""
+
+    ready: list[Continuation]  # who gets a token, in the order of the rows
+    sampled: PendingSample
 
 
 class Engine:
@@ -80,6 +98,7 @@ class Engine:
         self._ids = count()
         self._num_computed = 0
         self._num_generated = 0
+        self._launched: _Launched | None = None
         self._is_closed = False
 
     def __enter__(self) -> Engine:
@@ -90,7 +109,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether a request is there whose last output was not returned."""
         return bool(self._requests)
 
     @property
@@ -146,22 +165,13 @@ class Engine:
         return request_id
 
     def step(self) -> list[Output]:
-        """Run one forward pass and return what it added, or [] if there was nothing to do or no prompt was done.
+        """Launch a forward pass and return what the one before added, or [] if it added nothing.
 
-        If the forward pass or the choice of tokens raises, the step has not happened, and the next one tries again.
+        If the forward pass raises, the step has not happened: nothing is lost, and the next one tries again.
         """
-        work = self._scheduler.schedule()
-        if not work:
-            return []
-        logits = self._runner.forward(self._batch(work))
-        # whoever is cut short by the budget is the last
-        ready = [part.continuation for part in work if part.is_last_chunk]
-        sampled = self._sample(logits[: len(ready)], ready)
-        # nothing above has changed anything, and nothing below raises
-        self._scheduler.advance(work)
-        self._num_computed += sum(part.num_tokens for part in work)
-        self._num_generated += len(ready)
-        return [self._extend(sampled, row, one) for row, one in enumerate(ready)]
+        before = self._launched
+        self._launch()
+        return [self._output(news) for news in self._read(before)]
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request and free its pages; return whether it was there (it may have ended just before)."""
@@ -173,13 +183,23 @@ class Engine:
         return bool(continuations)
 
     def close(self) -> None:
-        """Drop all requests and take no more."""
+        """Drop all requests, let go of the model and take no more."""
+        if self._is_closed:
+            return
         for request_id in list(self._requests):
             self.cancel(request_id)
         self._is_closed = True
+        self._launched = None
+        # without requests there is no work for it, and it holds the cache
+        del self._runner
 
-    def _batch(self, work: Sequence[Work]) -> Batch:
-        return make_batch(
+    def _launch(self) -> None:
+        """Start the next forward pass, if there is something to compute, and the choice of its tokens."""
+        work = self._scheduler.schedule()
+        if not work:
+            self._launched = None
+            return
+        batch = make_batch(
             [
                 (part.token_ids, part.continuation.num_cached, part.continuation.pages)
                 for part in work
@@ -187,45 +207,80 @@ class Engine:
             self._allocator.page_size,
             self._device,
         )
+        self._feed(batch, work)
+        logits = self._runner.forward(batch)
+        # whoever is cut short by the budget is the last
+        ready = [part.continuation for part in work if part.is_last_chunk]
+        launched = None
+        if ready:
+            sampled = sample(
+                logits[: len(ready)].float(),
+                [self._live[continuation].parameters for continuation in ready],
+                [continuation.num_generated for continuation in ready],
+            )
+            launched = _Launched(ready, sampled)
+        # nothing above has changed anything that counts, and nothing below raises
+        self._launched = launched
+        self._scheduler.advance(work)
+        self._num_computed += sum(part.num_tokens for part in work)
+        for continuation in ready:
+            continuation.num_unread += 1
+            most = self._live[continuation].parameters.max_tokens
+            continuation.is_done = continuation.num_generated == most
 
-    def _sample(self, logits: Tensor, continuations: Sequence[Continuation]) -> Sampled:
-        if not continuations:  # chunks only
-            return Sampled([], [], [])
-        return sample(
-            logits.float(),
-            [self._live[continuation].parameters for continuation in continuations],
-            [continuation.num_generated for continuation in continuations],
-        )
+    def _feed(self, batch: Batch, work: Sequence[Work]) -> None:
+        """Put in the tokens that the pass before has chosen and nobody has read; they come first, one each."""
+        before = self._launched
+        rows = [row for row, part in enumerate(work) if part.continuation.num_unread]
+        if before is None or not rows:
+            return
+        chosen = before.sampled.chosen
+        fed = [work[row].continuation for row in rows]
+        if fed == before.ready and rows[-1] == len(rows) - 1:
+            batch.token_ids[: len(rows)] = chosen
+            return
+        place = {continuation: row for row, continuation in enumerate(before.ready)}
+        sources = [place[continuation] for continuation in fed]
+        target, source = upload([rows, sources], torch.int64, chosen.device)
+        batch.token_ids[target] = chosen[source]
 
-    def _extend(self, sampled: Sampled, row: int, continuation: Continuation) -> Output:
-        token_id = sampled.token_ids[row]
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if self._live[continuation].parameters.logprobs is not None:
-            logprobs = (TokenLogprob(token_id, sampled.logprobs[row], sampled.top[row]),)
+    def _read(self, launched: _Launched | None) -> list[News]:
+        """Wait for a pass and add its tokens; who is gone meanwhile gets none."""
+        if launched is None:
+            return []
+        sampled = launched.sampled.read()
+        return [
+            self._extend(sampled, row, continuation)
+            for row, continuation in enumerate(launched.ready)
+            if continuation in self._live
+        ]
+
+    def _extend(self, sampled: Sampled, row: int, continuation: Continuation) -> News:
+        continuation.num_unread -= 1
         # their prompt's pages can be shared from now on
         self._scheduler.add_first(self._held_back.pop(continuation, []))
+        token_id, logprob = sampled.token_ids[row], sampled.logprobs[row]
+        if token_id is None:
+            self._scheduler.discard(continuation)
+            return News(continuation, None, (), "error")
         continuation.token_ids.append(token_id)
-        text, reason = self._extend_text(continuation, token_id)
+        self._num_generated += 1
+        reason: FinishReason | None = None
+        ignore_eos = self._live[continuation].parameters.ignore_eos
+        if token_id in self._eos_token_ids and not ignore_eos:
+            reason = "stop"
+        elif continuation.is_done and not continuation.num_unread:
+            reason = "length"
         if reason is not None:
-            self._end(continuation)
-        return Output(
-            continuation.request_id, continuation.index, (token_id,), text, logprobs, reason
-        )
+            self._scheduler.remove(continuation)
+        logprobs = () if logprob is None else (TokenLogprob(token_id, logprob, sampled.top[row]),)
+        return News(continuation, token_id, logprobs, reason)
 
-    def _extend_text(
-        self, continuation: Continuation, token_id: int
-    ) -> tuple[str, FinishReason | None]:
-        live = self._live[continuation]
-        if token_id in self._eos_token_ids and not live.parameters.ignore_eos:
-            return live.detokenizer.finish(), "stop"
-        text = live.detokenizer.append(token_id)
-        if live.detokenizer.is_stopped:
-            return text, "stop"
-        if continuation.num_generated == live.parameters.max_tokens:
-            text += live.detokenizer.finish()
-            # what was held back may have been the rest of a stop string
-            return text, "stop" if live.detokenizer.is_stopped else "length"
-        return text, None
+    def _output(self, news: News) -> Output:
+        output = make_output(news, self._live[news.continuation].detokenizer)
+        if output.finish_reason is not None:
+            self._end(news.continuation)
+        return output
 
     def _end(self, continuation: Continuation) -> None:
         self._scheduler.remove(continuation)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fp8kv.recipes.errors import RequestError
+from fp8kv.runtime.checks import check_integer
 
 MAX_BATCH_TOKENS = 8192
 MAX_SEQUENCES = 256
@@ -29,8 +30,7 @@ class EngineLimits:
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_sequences"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"{name} is {getattr(self, name)}: give at least 1")
+            check_integer(name, getattr(self, name), least=1)
 
     def check(self, token_ids: Sequence[int], max_tokens: int, capacity: int) -> None:
         """Refuse a prompt that could never run, given a cache of ``capacity`` tokens.

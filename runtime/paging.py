@@ -104,7 +104,9 @@ class PageAllocator:
                 del self._references[page]
                 self._retire(page)
 
-    def register(self, token_ids: Sequence[int], pages: Sequence[int]) -> None:
+    def register(
+        self, token_ids: Sequence[int], pages: Sequence[int], num_tokens: int | None = None
+    ) -> None:
         """Offer the full pages of a sequence for reuse.
 
         Call it after the forward pass that filled them, as often as pages become full: only those that are new are
@@ -113,11 +115,13 @@ class PageAllocator:
         Args:
             token_ids: the sequence from its first token; those beyond the last full page are ignored.
             pages: where their keys and values lie, in order, at least the full ones.
+            num_tokens: how many of the tokens are in the pages; None for as many as these hold.
 
         Raises:
             PageAccountingError: nobody holds one of the pages.
         """
-        num_full = min(len(token_ids) // self.page_size, len(pages))
+        known = len(token_ids) if num_tokens is None else num_tokens
+        num_full = min(known // self.page_size, len(pages))
         first = num_full
         while first > 0 and pages[first - 1] not in self._hash_of:
             first -= 1
@@ -127,6 +131,18 @@ class PageAllocator:
             self._held(page)
             self._hash_of[page] = page_hash
             self._page_of.setdefault(page_hash, page)
+
+    def forget(self, pages: Iterable[int]) -> None:
+        """Offer ``pages``, which somebody must hold, for reuse no longer: what they hold is not to be read again.
+
+        Raises:
+            PageAccountingError: nobody holds one of them.
+        """
+        for page in pages:
+            self._held(page)
+            page_hash = self._hash_of.pop(page, None)
+            if page_hash is not None and self._page_of.get(page_hash) == page:
+                del self._page_of[page_hash]
 
     def match_prefix(self, token_ids: Sequence[int]) -> list[int]:
         """Return the pages of the longest known prefix of ``token_ids``, with a reference added to each.

@@ -8,8 +8,9 @@ from typing import Literal
 
 from fp8kv.runtime.sampling import SamplingParameters
 
-FinishReason = Literal["stop", "length"]
-"""``stop``: the end of sequence or a stop string came. ``length``: ``max_tokens`` were generated."""
+FinishReason = Literal["stop", "length", "error"]
+"""``stop``: the end of sequence or a stop string came. ``length``: ``max_tokens`` were generated. ``error``: the model's
+logits were no numbers."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,12 @@ class Output:
     Attributes:
         request_id: of the request, as :meth:`Engine.add` returned it.
         index: of the continuation, from 0 to ``n - 1``.
-        token_ids: the new token; the end of sequence is among them.
+        token_ids: the new token; the end of sequence is among them. Empty where there was an error.
         text: what became certain of the text: neither half a character nor the beginning of what may turn out
             to be a stop string. The texts of all outputs, joined, are the continuation's text.
         logprobs: one for each of ``token_ids`` where they were asked for, else empty.
         finish_reason: None while the continuation goes on.
+        error: where that is ``error``, what went wrong, in one sentence.
     """
 
     request_id: int
@@ -60,6 +62,7 @@ class Output:
     text: str
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,14 @@ class Choice:
         token_ids: all that was generated.
         logprobs: one for each of ``token_ids`` where they were asked for, else empty.
         finish_reason: why it ended.
+        error: where that is ``error``, what went wrong, in one sentence.
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,4 +113,5 @@ def join_outputs(outputs: Iterable[Output]) -> Choice:
         token_ids=tuple(token for step in steps for token in step.token_ids),
         logprobs=tuple(entry for step in steps for entry in step.logprobs),
         finish_reason=reason,
+        error=steps[-1].error,
     )

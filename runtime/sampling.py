@@ -8,19 +8,27 @@ where those of floating-point numbers would change with the shape of the batch, 
 from __future__ import annotations
 
 import hashlib
-import math
 import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp8kv.recipes.errors import EvaluationError, RequestError
+from fp8kv.recipes.errors import RequestError
+from fp8kv.runtime.checks import check_integer, check_switch
 
 MAX_LOGPROBS = 20
 """Most alternatives that a request gets with each token."""
+
+NOT_FINITE = "the logits hold NaN or infinity: try another dtype (bfloat16 or float32), or a cache whose scales were calibrated"
+"""What is said where there is no next token."""
+
+_NO_TOKEN = -1
+"""Stands among the chosen tokens for one that there is not."""
 
 _ONE = float(1 << 40)
 """The weight of the likeliest token. Sums over vocabularies of up to 2^22 tokens fit into int64."""
@@ -56,14 +64,14 @@ class SamplingParameters:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        _check_integer("max_tokens", self.max_tokens, least=1)
-        _check_integer("n", self.n, least=1)
+        check_integer("max_tokens", self.max_tokens, least=1)
+        check_integer("n", self.n, least=1)
         if self.top_k is not None:
-            _check_integer("top_k", self.top_k, least=1)
+            check_integer("top_k", self.top_k, least=1)
         if self.seed is not None:
-            _check_integer("seed", self.seed)
+            check_integer("seed", self.seed)
         if self.logprobs is not None:
-            _check_integer("logprobs", self.logprobs, least=0, most=MAX_LOGPROBS)
+            check_integer("logprobs", self.logprobs, least=0, most=MAX_LOGPROBS)
         if not _is_number(self.temperature) or not 0 <= self.temperature <= sys.float_info.max:
             raise RequestError(f"temperature is {self.temperature!r}: give 0 or a positive number")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
@@ -72,8 +80,7 @@ class SamplingParameters:
             isinstance(text, str) and text for text in self.stop
         ):
             raise RequestError(f"stop is {self.stop!r}: give a tuple of strings that are not empty")
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos is {self.ignore_eos!r}: give True or False")
+        check_switch("ignore_eos", self.ignore_eos)
 
 
 @dataclass(frozen=True)
@@ -81,52 +88,99 @@ class Sampled:
     """The next token of each sequence.
 
     Attributes:
-        token_ids: one for each sequence.
-        logprobs: their natural log-probabilities by the model, before temperature, top-k and top-p.
+        token_ids: one for each sequence; None where its logits hold NaN or infinity, so that there is none.
+        logprobs: their natural log-probabilities by the model, before temperature, top-k and top-p; None where they
+            were not asked for.
         top: for each sequence the likeliest tokens with theirs, best first; empty where none were asked for.
     """
 
-    token_ids: list[int]
-    logprobs: list[float]
+    token_ids: list[int | None]
+    logprobs: list[float | None]
     top: list[tuple[tuple[int, float], ...]]
+
+
+class PendingSample:
+    """Tokens that the device is choosing, perhaps behind a forward pass that still runs.
+
+    Attributes:
+        chosen: ``[sequences]`` int64 on the device, for a pass that is launched before anybody reads them; where there
+            is no token, any that the model knows.
+    """
+
+    def __init__(
+        self,
+        chosen: Tensor,
+        is_token: Tensor,
+        asked: Sequence[int],
+        report: Sequence[Tensor],
+        counts: Sequence[int],
+    ) -> None:
+        self.chosen = chosen
+        self._asked = asked
+        self._counts = counts
+        # torch pins what it does not wait for
+        self._token_ids, *self._report = (
+            tensor.to("cpu", non_blocking=True)
+            for tensor in (chosen.where(is_token, _NO_TOKEN), *report)
+        )
+        self._done: torch.cuda.Event | None = None
+        if chosen.is_cuda:
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record(torch.cuda.current_stream(chosen.device))
+
+    def read(self) -> Sampled:
+        """Wait for the device and return what it chose."""
+        if self._done is not None:
+            self._done.synchronize()
+        token_ids = [None if token_id < 0 else token_id for token_id in self._token_ids.tolist()]
+        logprobs: list[float | None] = [None] * len(token_ids)
+        top: list[tuple[tuple[int, float], ...]] = [()] * len(token_ids)
+        if self._asked:
+            values, best_values, best_ids = (tensor.tolist() for tensor in self._report)
+            for place, row in enumerate(self._asked):
+                logprobs[row] = values[place]
+                pairs = zip(best_ids[place], best_values[place], strict=True)
+                top[row] = tuple(islice(pairs, self._counts[place]))
+        return Sampled(token_ids, logprobs, top)
 
 
 def sample(
     logits: Tensor, parameters: Sequence[SamplingParameters], steps: Sequence[int]
-) -> Sampled:
-    """Choose the next token of each sequence.
+) -> PendingSample:
+    """Choose the next token of each sequence; nothing here waits for the device.
 
     Args:
         logits: ``[sequences, vocab]``, float32.
         parameters: of each sequence.
         steps: how many tokens of each sequence were drawn before this one; with the seed it gives the draw.
-
-    Raises:
-        EvaluationError: the logits of a sequence hold NaN or infinity.
     """
-    chosen = logits.argmax(-1)
+    # NaN and infinity are found as the largest
+    largest, chosen = logits.max(-1)
     drawn = [row for row, own in enumerate(parameters) if own.temperature > 0]
     if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
+        rows = upload(drawn, torch.int64, logits.device)
         uniform = [_uniform(parameters[row].seed, steps[row]) for row in drawn]
         weights = draw_weights(logits[rows], [parameters[row] for row in drawn])
         chosen[rows] = _draw(weights, uniform)
-    normaliser = logits.logsumexp(-1, keepdim=True)
-    logprobs = (logits.gather(-1, chosen[:, None]) - normaliser)[:, 0].tolist()
-    for row, logprob in enumerate(logprobs):
-        if not math.isfinite(logprob):
-            raise EvaluationError(
-                f"the logits of sequence {row} of {len(logprobs)} hold NaN or infinity: "
-                "try another dtype (bfloat16 or float32), or a cache whose scales were calibrated"
-            )
-    top: list[tuple[tuple[int, float], ...]] = [()] * len(logprobs)
+    asked, counts = [], []
     for row, own in enumerate(parameters):
-        if own.logprobs:
-            # a stable sort puts the lowest id first among equals, as argmax does
-            values, ids = (logits[row] - normaliser[row]).sort(descending=True, stable=True)
-            best = zip(ids[: own.logprobs].tolist(), values[: own.logprobs].tolist(), strict=True)
-            top[row] = tuple(best)
-    return Sampled(chosen.tolist(), logprobs, top)
+        if own.logprobs is not None:
+            asked.append(row)
+            counts.append(own.logprobs)
+    report: tuple[Tensor, ...] = ()
+    if asked:
+        rows = upload(asked, torch.int64, logits.device)
+        report = _report(logits[rows], chosen[rows], max(counts))
+    return PendingSample(chosen, largest.isfinite(), asked, report, counts)
+
+
+def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return ``values`` on ``device``, without a wait for what runs there."""
+    tensor = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        # a copy from memory that is not pinned would wait for the forward pass
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def draw_weights(logits: Tensor, parameters: Sequence[SamplingParameters]) -> Tensor:
@@ -145,16 +199,27 @@ def draw_weights(logits: Tensor, parameters: Sequence[SamplingParameters]) -> Te
     scores = logits.double()
     scores = scores - scores.amax(-1, keepdim=True)
     scores = scores / _column([own.temperature for own in parameters], logits.device)
-    # NaN is refused later, when all is on the host; until then it must only not become an index
+    # NaN is found by the largest logit; here it must only not become an index
     weights = (scores.exp().nan_to_num(nan=0.0) * _ONE).long()
     truncated = [
         row for row, own in enumerate(parameters) if own.top_k is not None or own.top_p < 1
     ]
     if truncated:
-        rows = torch.tensor(truncated, device=logits.device)
+        rows = upload(truncated, torch.int64, logits.device)
         own = [parameters[row] for row in truncated]
         weights[rows] = _truncate(logits[rows], weights[rows], own)
     return weights
+
+
+def _report(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-probabilities of ``chosen [rows]``, and those and the ids of the ``count`` likeliest tokens."""
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    logprobs = (logits.gather(-1, chosen[:, None]) - normaliser)[:, 0]
+    if not count:
+        return logprobs, logits[:, :0], chosen[:, None][:, :0]
+    # a stable sort puts the lowest id first among equals, as argmax does
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    return logprobs, values[:, :count] - normaliser, ids[:, :count]
 
 
 def _truncate(logits: Tensor, weights: Tensor, parameters: Sequence[SamplingParameters]) -> Tensor:
@@ -191,22 +256,8 @@ def _uniform(seed: int | None, step: int) -> float:
 
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+    return upload(values, torch.float64, device)[:, None]
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_integer(
-    name: str, value: object, *, least: int | None = None, most: int | None = None
-) -> None:
-    if (
-        not isinstance(value, int)
-        or isinstance(value, bool)
-        or (least is not None and value < least)
-        or (most is not None and value > most)
-    ):
-        bounds = "" if least is None else f" of at least {least}"
-        bounds += "" if most is None else f" and at most {most}"
-        raise RequestError(f"{name} is {value!r}: give a whole number{bounds}")

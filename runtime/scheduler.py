@@ -11,11 +11,16 @@ No tensors here: pages, counts and lists of token ids only.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fp8kv.runtime.paging import OutOfPages, PageAllocator
+
+
+def _no_pages() -> array[int]:
+    return array("i")
 
 
 @dataclass(eq=False)
@@ -27,28 +32,33 @@ class Continuation:
         index: among the request's continuations.
         token_ids: the prompt's tokens and those generated.
         num_prompt_tokens: how many of them are the prompt's.
-        pages: where its keys and values lie, in order.
-        num_cached: how many of ``token_ids`` are in ``pages``.
+        pages: where its keys and values lie, in order; an array, which a batch copies at one go.
+        num_cached: how many tokens are in ``pages``, or will be when the passes that were launched are done.
         num_registered: how many of ``pages`` are full and offered for reuse.
+        num_unread: tokens behind ``token_ids`` that the device is to choose, or has chosen and nobody has read. When a
+            pass is scheduled, that is one at most.
+        is_done: nothing follows the unread ones.
     """
 
     request_id: int
     index: int
     token_ids: list[int]
     num_prompt_tokens: int
-    pages: list[int] = field(default_factory=list)
+    pages: array[int] = field(default_factory=_no_pages)
     num_cached: int = 0
     num_registered: int = 0
+    num_unread: int = 0
+    is_done: bool = False
 
     @property
     def num_pending(self) -> int:
         """Tokens that are not in the cache: one while decoding, more in a prefill."""
-        return len(self.token_ids) - self.num_cached
+        return len(self.token_ids) + self.num_unread - self.num_cached
 
     @property
     def num_generated(self) -> int:
-        """Tokens beyond the prompt."""
-        return len(self.token_ids) - self.num_prompt_tokens
+        """Tokens beyond the prompt, unread ones among them."""
+        return len(self.token_ids) + self.num_unread - self.num_prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -65,9 +75,9 @@ class Work:
 
     @property
     def token_ids(self) -> list[int]:
-        """The tokens to compute."""
+        """The tokens to compute; 0 stands for the unread one."""
         start = self.continuation.num_cached
-        return self.continuation.token_ids[start : start + self.num_tokens]
+        return self.continuation.token_ids[start : start + self.num_tokens] or [0]
 
     @property
     def is_last_chunk(self) -> bool:
@@ -120,8 +130,8 @@ class Scheduler:
 
         Only the last of it can leave tokens pending, because it takes the rest of the budget.
 
-        The list is empty only where nobody waits or runs, provided that every continuation that was added fits
-        into the cache on its own.
+        The list is empty only where all who run are done and nobody waits for anything but their pages, provided that
+        every continuation that was added fits into the cache on its own.
         """
         # all who run get a token at least: nobody is admitted to a step whose budget they take up
         work = [Work(continuation, 1) for continuation in self._make_room()]
@@ -137,16 +147,17 @@ class Scheduler:
         return work
 
     def advance(self, work: Sequence[Work]) -> None:
-        """Note that the forward pass of ``work`` is done: its tokens are in the cache, full pages can be shared."""
+        """Note that the forward pass of ``work`` is launched: later passes find its tokens in the cache.
+
+        So full pages can be shared from now on, as far as their tokens are known.
+        """
         for part in work:
             continuation = part.continuation
             continuation.num_cached += part.num_tokens
-            num_full = continuation.num_cached // self.allocator.page_size
+            num_known = min(continuation.num_cached, len(continuation.token_ids))
+            num_full = num_known // self.allocator.page_size
             if num_full > continuation.num_registered:
-                self.allocator.register(
-                    continuation.token_ids[: num_full * self.allocator.page_size],
-                    continuation.pages[:num_full],
-                )
+                self.allocator.register(continuation.token_ids, continuation.pages, num_known)
                 continuation.num_registered = num_full
 
     def remove(self, continuation: Continuation) -> None:
@@ -157,6 +168,11 @@ class Scheduler:
         elif continuation in self._waiting:
             self._waiting.remove(continuation)
 
+    def discard(self, continuation: Continuation) -> None:
+        """Forget ``continuation`` and what its pages hold, which nobody is to read again."""
+        self.allocator.forget(continuation.pages)
+        self.remove(continuation)
+
     def _make_room(self) -> list[Continuation]:
         """Return who decodes, each with a page for its next token; the latest may lose theirs for it."""
         decoding: list[Continuation] = []
@@ -164,7 +180,7 @@ class Scheduler:
         # the list grows shorter at its end only, so nobody who was counted already is taken from
         while position < len(self._running):
             continuation = self._running[position]
-            if continuation.num_pending == 1:
+            if continuation.num_pending == 1 and not continuation.is_done:
                 while not self._grow(continuation):
                     self._preempt_latest()
                     if position == len(self._running):  # it was the latest itself
@@ -177,13 +193,18 @@ class Scheduler:
         if continuation.num_cached < len(continuation.pages) * self.allocator.page_size:
             return True
         try:
-            continuation.pages += self.allocator.allocate(1)
+            continuation.pages.extend(self.allocator.allocate(1))
         except OutOfPages:
             return False
         return True
 
     def _preempt_latest(self) -> None:
         latest = self._running.pop()
+        if latest.is_done:
+            # nobody knows yet whether what it holds can be read again
+            self.allocator.forget(latest.pages)
+            self._release(latest)
+            return
         self._release(latest)
         self._waiting.appendleft(latest)
         self.num_preemptions += 1
@@ -193,12 +214,14 @@ class Scheduler:
         if not self._waiting or len(self._running) >= self.max_sequences:
             return False
         continuation = self._waiting[0]
+        if continuation.num_unread:  # preempted just now
+            return False
         # the last token is always computed: its logits are what is wanted
         pages = self.allocator.match_prefix(continuation.token_ids[:-1])
         num_tokens = len(continuation.token_ids)
         num_missing = -(-num_tokens // self.allocator.page_size) - len(pages)
         try:
-            continuation.pages = pages + self.allocator.allocate(num_missing)
+            continuation.pages = array("i", pages + self.allocator.allocate(num_missing))
         except OutOfPages:
             self.allocator.free(pages)
             return False
@@ -210,5 +233,5 @@ class Scheduler:
 
     def _release(self, continuation: Continuation) -> None:
         self.allocator.free(continuation.pages)
-        continuation.pages = []
+        continuation.pages = _no_pages()
         continuation.num_cached = 0

@@ -8,10 +8,26 @@ import importlib.util
 import torch
 
 from fp8kv.recipes.errors import EvaluationError
-from fp8kv.runtime.backends.base import AttentionOptions, Backend
+from fp8kv.runtime.backends.base import (
+    AttendsLatents,
+    AttentionOptions,
+    Backend,
+    PreparedQkv,
+    PreparesPrefill,
+    Rope,
+)
 from fp8kv.runtime.backends.reference import ReferenceBackend
 
-__all__ = ["BACKENDS", "AttentionOptions", "Backend", "choose_backend"]
+__all__ = [
+    "BACKENDS",
+    "AttendsLatents",
+    "AttentionOptions",
+    "Backend",
+    "PreparedQkv",
+    "PreparesPrefill",
+    "Rope",
+    "choose_backend",
+]
 
 BACKENDS = ("reference", "triton")
 """The names that :func:`choose_backend` knows."""

@@ -1,7 +1,7 @@
 """The reference backend: plain torch, float32 arithmetic, any device, every kind of cache and of attention.
 
 It is the oracle of the other backends and what runs where there is no GPU. Decoding reads nothing back to the host, so
-it can be captured in a CUDA graph; a ragged batch is taken sequence by sequence.
+it can be captured in a CUDA graph; what prefills is taken sequence by sequence.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fp8kv.kernels.fp8 import dequantize, quantize
 from fp8kv.kernels.layout import gather_tokens
-from fp8kv.runtime.backends.base import AttentionOptions
+from fp8kv.kernels.rope import rotate, split_columns
+from fp8kv.runtime.backends.base import AttentionOptions, PreparedQkv, Rope
 from fp8kv.runtime.batch import Batch
 from fp8kv.runtime.paged_cache import LayerCache
 
@@ -36,33 +37,56 @@ class ReferenceBackend:
         """Write new tokens to their slots."""
         if layer.v is None:
             row = torch.cat([key, value], dim=-1)
-            _write(layer.k, _encode(row, layer, layer.k_scale), batch.slots)
+            _write(layer.k, encode(row, layer, layer.k_scale), batch.slots)
             return
-        _write(layer.k, _encode(key, layer, layer.k_scale.view(-1, 1)), batch.slots)
-        _write(layer.v, _encode(value, layer, layer.v_scale.view(-1, 1)), batch.slots)
+        _write(layer.k, encode(key, layer, layer.k_scale), batch.slots)
+        _write(layer.v, encode(value, layer, layer.v_scale), batch.slots)
+
+    def fuses_rope(self, _layer: LayerCache) -> bool:
+        """Rotation stays the model's, so that its numbers are those of plain transformers."""
+        return False
+
+    def prepare_prefill_qkv(
+        self,
+        layer: LayerCache,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch: Batch,
+        rope: Rope | None = None,
+    ) -> PreparedQkv:
+        """Rotate where asked, and write; attention reads all of K and V from the cache."""
+        if rope is not None:
+            query, key = _rotate(query, rope), _rotate(key, rope)
+        self.write(layer, key, value, batch)
+        return PreparedQkv(query, None, None)
 
     def attend(
-        self, layer: LayerCache, query: Tensor, batch: Batch, options: AttentionOptions
+        self,
+        layer: LayerCache,
+        query: Tensor,
+        batch: Batch,
+        options: AttentionOptions,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
     ) -> Tensor:
         """Attend with every new token over its sequence."""
         out = query.new_zeros(*query.shape[:2], layer.v_dim)
         if batch.is_decode:
-            step = max(1, _MOST_NUMBERS // max(1, batch.max_seq_len * _numbers_per_token(layer)))
-            for start in range(0, batch.num_sequences, step):
-                rows = slice(start, start + step)
-                lengths = batch.seq_lens[rows]
-                keys, values = _read_padded(
-                    layer, batch.page_table[rows], lengths, batch.max_seq_len
-                )
-                last_token = lengths.long()[:, None] - 1
-                out[rows] = _attend(query[rows, None], keys, values, last_token, options)[:, 0]
+            _attend_decodes(layer, query, batch, batch.max_seq_len, options, out)
             return out
-        bounds = batch.cu_seqlens.tolist()
-        for sequence, length in enumerate(batch.seq_lens.tolist()):
-            first, last = bounds[sequence : sequence + 2]
+        bounds, lengths = batch.cu_seqlens.tolist(), batch.seq_lens.tolist()
+        if batch.num_decodes:
+            longest = max(lengths[: batch.num_decodes])
+            _attend_decodes(layer, query, batch, longest, options, out)
+        new = None if key is None or value is None else (key, value)
+        for sequence in range(batch.num_decodes, batch.num_sequences):
+            (first, last), length = bounds[sequence : sequence + 2], lengths[sequence]
             if first == last:
                 continue
-            keys, values = _read_sequence(layer, batch.page_table[sequence], length)
+            keys, values = _read_sequence(
+                layer, batch.page_table[sequence], length, new, slice(first, last)
+            )
             step = max(1, _MOST_SCORES // (query.shape[1] * length))
             for start in range(first, last, step):
                 rows = slice(start, min(start + step, last))
@@ -72,12 +96,49 @@ class ReferenceBackend:
         return out
 
 
-def _encode(values: Tensor, layer: LayerCache, scale: Tensor) -> Tensor:
-    """Return ``values`` as the cache holds them, in its dtype."""
+def encode(values: Tensor, layer: LayerCache, scale: Tensor) -> Tensor:
+    """Return K or V as the pages of ``layer`` hold them, in their dtype.
+
+    Args:
+        values: [tokens, kv_heads, dim], or [tokens, dim] of an MLA row or a part of it.
+        layer: says how values are held.
+        scale: its K or its V scale.
+    """
     if layer.fmt is None:
         return values.to(layer.k.dtype)
+    if layer.v is not None:
+        scale = scale.view(-1, 1)
     codes = quantize(values, scale, layer.fmt)
     return codes if layer.holds_codes else dequantize(codes, scale, layer.k.dtype)
+
+
+def _rotate(heads: Tensor, rope: Rope) -> Tensor:
+    """Return ``heads [tokens, heads, dim]`` rotated in float32 and rounded once, to their own dtype."""
+    width = rope.cos.shape[-1]
+    # the two halves of a row hold the same numbers
+    angles = torch.cat((rope.cos[:, : width // 2], rope.sin[:, : width // 2]), dim=-1).float()
+    tokens = torch.arange(len(angles), device=angles.device)
+    rest, turned = split_columns(heads, width, rope_last=False)
+    turned = rotate(turned, tokens, angles, interleaved=False).to(heads.dtype)
+    return torch.cat((turned, rest), dim=-1)
+
+
+def _attend_decodes(
+    layer: LayerCache,
+    query: Tensor,
+    batch: Batch,
+    longest: int,
+    options: AttentionOptions,
+    out: Tensor,
+) -> None:
+    """Attend with the sequences of one new token, which stand first, all at once; none has more than ``longest``."""
+    step = max(1, _MOST_NUMBERS // max(1, longest * _numbers_per_token(layer)))
+    for start in range(0, batch.num_decodes, step):
+        rows = slice(start, min(start + step, batch.num_decodes))
+        lengths = batch.seq_lens[rows]
+        keys, values = _read_padded(layer, batch.page_table[rows], lengths, longest)
+        last_token = lengths.long()[:, None] - 1
+        out[rows] = _attend(query[rows, None], keys, values, last_token, options)[:, 0]
 
 
 def _decode(stored: Tensor, layer: LayerCache, scale: Tensor) -> Tensor:
@@ -102,11 +163,33 @@ def _write(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
     flat.index_copy_(0, targets.long(), torch.where(real.view(shape), rows, substitute))
 
 
-def _read_sequence(layer: LayerCache, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Return K and V of one sequence, [1, length, kv_heads, dim] float32."""
-    keys = gather_tokens(layer.k, pages, length)[None]
-    values = gather_tokens(layer.v, pages, length)[None] if layer.v is not None else None
-    return _split(layer, keys, values)
+def _read_sequence(
+    layer: LayerCache,
+    pages: Tensor,
+    length: int,
+    new: tuple[Tensor, Tensor] | None,
+    rows: slice,
+) -> tuple[Tensor, Tensor]:
+    """Return K and V of one sequence, [1, length, kv_heads, dim] float32.
+
+    Args:
+        layer: the cache.
+        pages: [max_pages], of the sequence.
+        length: tokens of the sequence.
+        new: K and V of all new tokens, where the cache's are not to be read.
+        rows: the sequence's own among them.
+    """
+    cached = length if new is None else length - (rows.stop - rows.start)
+    keys = gather_tokens(layer.k, pages, cached)[None]
+    values = gather_tokens(layer.v, pages, cached)[None] if layer.v is not None else None
+    keys, values = _split(layer, keys, values)
+    if new is None:
+        return keys, values
+    key, value = (part[None, rows].float() for part in new)
+    if layer.v is None:
+        # the two are parts of one row, whose first is V, too
+        key, value = torch.cat((key, value), dim=-1)[:, :, None], key[:, :, None]
+    return torch.cat((keys, key), dim=1), torch.cat((values, value), dim=1)
 
 
 def _numbers_per_token(layer: LayerCache) -> int:

@@ -1,5 +1,7 @@
 """A batch says of every new token where it stands and where it is kept."""
 
+from array import array
+
 import pytest
 import torch
 from hypothesis import given
@@ -35,6 +37,47 @@ def test_the_types_are_those_that_the_kernels_ask_for():
 def test_one_new_token_for_each_sequence_is_a_decode_step():
     assert make_batch([([1], 5, [0, 1]), ([2], 0, [2])], 4, "cpu").is_decode
     assert not make_batch([([1], 5, [0, 1]), ([2, 3], 0, [2])], 4, "cpu").is_decode
+
+
+@pytest.mark.parametrize(
+    ("new", "num_decodes"), [((1, 1), 2), ((1, 2), 1), ((2, 1), 0), ((1, 1, 3, 1), 2), ((4,), 0)]
+)
+def test_the_decodes_are_those_before_the_first_with_several_tokens(new, num_decodes):
+    batch = make_batch([([5] * count, 2, [0, 1]) for count in new], 4, "cpu")
+    assert batch.num_decodes == num_decodes
+    assert batch.is_decode == (num_decodes == len(new))
+
+
+def test_the_longest_prefix_of_those_that_do_not_decode_is_known():
+    decode, early, late = ([1], 7, [0, 1]), ([1, 2], 3, [2, 3]), ([1, 2], 5, [4, 5])
+    assert make_batch([decode, early, late], 4, "cpu").max_prefill_prefix_len == 5
+    assert make_batch([decode, decode], 4, "cpu").max_prefill_prefix_len == 0
+    assert make_batch([early, decode], 4, "cpu").max_prefill_prefix_len == 7
+
+
+def test_pages_of_all_kinds_of_sequences_are_taken():
+    kinds = (list, tuple, lambda pages: array("i", pages), lambda pages: array("q", pages))
+    for kind in kinds:
+        batch = make_batch([([1], 6, kind([5, 2, 8])), ([1], 0, kind([3]))], 4, "cpu")
+        assert batch.page_table.tolist() == [[5, 2], [3, -1]]
+        assert batch.slots.tolist() == [2 * 4 + 2, 3 * 4]
+
+
+def test_every_tensor_starts_at_a_multiple_of_sixteen_bytes():
+    batch = make_batch([([1, 2, 3], 2, [0, 1]), ([1], 6, [2, 3]), ([1], 3, [4])], 4, "cpu")
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 7
+    # torch's own memory on the CPU starts at a multiple of 64
+    assert [tensor.data_ptr() % 16 for tensor in tensors] == [0] * 7
+    assert all(tensor.is_contiguous() for tensor in tensors)
+
+
+def test_later_changes_of_the_pages_do_not_reach_the_batch():
+    pages = array("i", [4, 7])
+    batch = make_batch([([1], 5, pages)], 4, "cpu")
+    pages[0] = 9
+    pages.append(1)
+    assert batch.page_table.tolist() == [[4, 7]]
 
 
 def test_pages_beyond_the_last_token_are_left_out_of_the_table():

@@ -1,5 +1,6 @@
 """Text token by token: the pieces are the whole, whatever the tokens, and stop strings end it at one place."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -256,3 +257,16 @@ def test_a_long_text_costs_no_more_a_token_than_a_short_one(trained, kind):
 
     assert "".join(found) == text
     assert counting.longest <= 32 < len(token_ids)
+
+
+def test_a_tokenizer_with_a_decoder_of_its_own_is_asked_itself(byte_tokenizer):
+    kind = type(byte_tokenizer)
+    shouting = type(
+        "Shouting", (kind,), {"_decode": lambda self, *given, **more: kind._decode(self, *given, **more).upper()}
+    )  # fmt: skip
+    own = copy.copy(byte_tokenizer)
+    own.__class__ = shouting
+    detokenizer = Detokenizer(own)
+    assert detokenizer.append(64) + detokenizer.append(65) == "AB"
+    plain = Detokenizer(byte_tokenizer)
+    assert plain.append(64) + plain.append(65) == "ab"

@@ -40,5 +40,5 @@ def test_what_just_fits_is_accepted(length, max_tokens, limit, capacity):
 
 @pytest.mark.parametrize("name", ["max_batch_tokens", "max_sequences"])
 def test_limits_of_nothing_are_refused(name):
-    with pytest.raises(RequestError, match=f"{name} is 0: give at least 1"):
+    with pytest.raises(RequestError, match=f"{name} is 0: give a whole number of at least 1"):
         EngineLimits(10, None, **{name: 0})

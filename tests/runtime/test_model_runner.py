@@ -12,10 +12,10 @@ from transformers import AttentionInterface
 from fp8kv.calibrate.formats.checkpoint import open_checkpoint
 from fp8kv.calibrate.formats.facts import model_facts
 from fp8kv.calibrate.modeling.tap import find_attention_modules
-from fp8kv.recipes.errors import UnsupportedModelError
+from fp8kv.recipes.errors import EvaluationError, UnsupportedModelError
 from fp8kv.runtime.backends import choose_backend
 from fp8kv.runtime.batch import make_batch
-from fp8kv.runtime.emulated_cache import emulated_cache, fp8_at_unit_scale
+from fp8kv.runtime.evaluation.emulated_cache import emulated_cache, fp8_at_unit_scale
 from fp8kv.runtime.model_runner import ModelRunner
 from fp8kv.runtime.paged_cache import build_cache, measure_dims
 
@@ -145,6 +145,7 @@ def padded(batch, count):
         prefix_lens=nn.functional.pad(batch.prefix_lens, (0, count)),
         seq_lens=nn.functional.pad(batch.seq_lens, (0, count)),
         cu_seqlens=torch.arange(batch.num_sequences + count + 1, dtype=torch.int32),
+        num_decodes=batch.num_sequences + count,
     )
 
 
@@ -196,6 +197,85 @@ def test_an_fp8_cache_equals_the_model_with_an_emulated_one(model_of, tiny_check
     assert difference < TOLERANCE * largest([expected])
     plain = torch.cat([recomputed(model, ids) for ids in texts()])
     assert (found - plain).abs().amax(dim=-1).median() > 100 * TOLERANCE * largest([expected])
+
+
+# a narrow rotary part, norms before RoPE, K wider than V; float32 queries have no kernel, the fused write has one
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "minimax_m2", "mimo_v2_flash", "gpt_oss"])
+def test_a_backend_that_rotates_while_it_writes_changes_nothing(model_of, model_type, monkeypatch):
+    triton = pytest.importorskip("fp8kv.runtime.backends.triton")
+    model = model_of(model_type)
+    before = snapshot(model)
+    with make_runner(model, "fp8-unit") as runner:
+        expected = run_all(runner)
+    rotated, fused = [], triton.rope_cache_write
+    monkeypatch.setattr(
+        triton, "rope_cache_write", lambda *a, **k: (rotated.append(1), fused(*a, **k))[1]
+    )
+    with ModelRunner(model, make_cache(model, "fp8-unit"), triton.TritonBackend()) as runner:
+        found = run_all(runner)
+    assert snapshot(model) == before
+    # twice for each of the steps and layers, but not where transformers keeps cosines in another arrangement
+    assert len(rotated) == (0 if model_type == "gpt_oss" else 2 * 2 * len(STEPS))
+    # the median: where rounding lets a value fall on the other side of a code, the tokens behind it differ
+    pairs = zip(found, expected, strict=True)
+    differences = torch.cat([(f - e).abs().amax(-1) for f, e in pairs])
+    assert differences.median() < TOLERANCE * largest(expected)
+
+
+class PlainBackend:
+    """A backend without the hook: what the protocol asks for, and no more."""
+
+    name = "plain"
+
+    def __init__(self):
+        self._reference = choose_backend("reference", "cpu")
+        self.write = self._reference.write
+        self.attend = self._reference.attend
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
+def test_a_backend_without_the_hook_takes_new_tokens_as_they_were_computed(model_of, model_type):
+    model, batch = model_of(model_type), next(batches())[0]
+    with make_runner(model, "fp8-unit") as runner:
+        quantised = runner.all_logits(batch)
+    reference = choose_backend("reference", "cpu")
+    with ModelRunner(model, make_cache(model, "fp8-unit"), reference, prefill="bf16") as runner:
+        expected = runner.all_logits(batch)
+    with ModelRunner(model, make_cache(model, "fp8-unit"), PlainBackend()) as runner:
+        assert torch.equal(runner.all_logits(batch), expected)
+    assert (expected - quantised).abs().max() > 100 * TOLERANCE * largest([quantised])
+    # without a prefix nothing is read from the cache
+    rows = [recomputed(model, ids[:new]) for ids, new in zip(texts(), STEPS[0], strict=True) if new]
+    assert largest_difference([expected], [torch.cat(rows)]) < TOLERANCE * largest(rows)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
+def test_what_is_behind_a_prefix_or_decodes_reads_codes_on_the_plain_path_too(model_of, model_type):
+    model = model_of(model_type)
+    reference = choose_backend("reference", "cpu")
+    with make_runner(model, "float32") as runner:
+        unquantised = run_all(runner)
+    with ModelRunner(model, make_cache(model, "fp8-unit"), reference, prefill="bf16") as runner:
+        found = run_all(runner)
+    # the second text's second chunk is one token behind eight
+    difference = (found[1] - unquantised[1]).abs().amax(-1)
+    assert (difference[:8] < TOLERANCE * largest(unquantised)).all()
+    assert difference[8] > 100 * TOLERANCE * largest(unquantised)
+
+
+def test_an_unknown_prefill_is_refused(model_of):
+    model = model_of("llama")
+    before = snapshot(model)
+    with pytest.raises(EvaluationError, match="unknown prefill 'fp16'; known ones: fp8, bf16"):
+        ModelRunner(model, make_cache(model), choose_backend("reference", "cpu"), prefill="fp16")
+    assert snapshot(model) == before
+
+
+def test_logits_of_chosen_tokens_are_those_of_all(model_of):
+    with make_runner(model_of("llama")) as runner:
+        batch = next(batches())[0]
+        rows = torch.tensor([2, 9, 16])
+        assert torch.equal(runner.logits_at(batch, rows), runner.all_logits(batch)[rows])
 
 
 def test_mistral4_scales_queries_by_position(model_of, monkeypatch):

@@ -95,6 +95,15 @@ class EveryUse(RuleBasedStateMachine):
         self.sequences = [other for other in self.sequences if other is not sequence]
         self.allocator.free(sequence[1])
 
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def forget(self, data):
+        token_ids, pages = data.draw(st.sampled_from(self.sequences))
+        self.allocator.forget(pages)
+        found = self.allocator.match_prefix(token_ids)
+        assert not set(found) & set(pages)
+        self.allocator.free(found)
+
     @invariant()
     def everything_adds_up(self):
         tables = [pages for _, pages in self.sequences]
@@ -126,6 +135,15 @@ def test_the_longest_known_prefix_is_found(known, wanted, page_size):
 
     assert len(found) == max(map(num_shared, known), default=0)
     allocator.check([found])
+
+
+def test_pages_are_offered_as_far_as_they_are_filled():
+    allocator = PageAllocator(8, 2)
+    pages = allocator.allocate(3)
+    allocator.register([1, 2, 3, 4, 5, 6], pages, num_tokens=5)
+    found = allocator.match_prefix([1, 2, 3, 4, 5, 6])
+    assert found == pages[:2]
+    allocator.check([pages, found])
 
 
 def test_the_same_tokens_after_another_beginning_are_another_page():

@@ -7,9 +7,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fp8kv.recipes.errors import EvaluationError, RequestError
+from fp8kv.recipes.errors import RequestError
 from fp8kv.runtime import sampling
-from fp8kv.runtime.sampling import MAX_LOGPROBS, SamplingParameters, draw_weights, sample
+from fp8kv.runtime.sampling import MAX_LOGPROBS, SamplingParameters, draw_weights
 
 VOCAB = 12
 ONE = 1 << 40
@@ -28,6 +28,10 @@ parameters = st.builds(
     logprobs=st.none() | st.integers(0, MAX_LOGPROBS),
 )
 cases = st.tuples(logit_rows, parameters, st.integers(0, 1000))
+
+
+def sample(logits, own, steps):
+    return sampling.sample(logits, own, steps).read()
 
 
 def drawing(**options):
@@ -65,7 +69,10 @@ def test_a_sequence_gets_the_same_in_any_batch(batch, data):
 
     for place, index in enumerate(order):
         assert together.token_ids[place] == alone[index].token_ids[0]
-        assert together.logprobs[place] == pytest.approx(alone[index].logprobs[0], abs=1e-5)
+        if own[place].logprobs is None:
+            assert together.logprobs[place] is None
+        else:
+            assert together.logprobs[place] == pytest.approx(alone[index].logprobs[0], abs=1e-5)
         assert [token for token, _ in together.top[place]] == [
             token for token, _ in alone[index].top[0]
         ]
@@ -192,14 +199,29 @@ def test_logits_are_left_as_they_are_and_may_be_a_view():
     assert torch.equal(whole, before)
 
 
-@pytest.mark.parametrize("own", [SamplingParameters(1), drawing(), drawing(top_k=2, top_p=0.5)])
+@pytest.mark.parametrize(
+    "own",
+    [SamplingParameters(1), drawing(), drawing(top_k=2, top_p=0.5), drawing(logprobs=2)],
+)
 @pytest.mark.parametrize("values", [[math.nan], [math.inf], [-math.inf] * VOCAB])
-def test_logits_that_are_no_numbers_are_refused_by_row(own, values):
-    logits = torch.zeros(3, VOCAB)
+def test_logits_that_are_no_numbers_give_no_token_and_leave_the_others_alone(own, values):
+    logits = torch.randn(3, VOCAB)
+    expected = sample(logits, [own] * 3, [0] * 3)
     logits[1, : len(values)] = torch.tensor(values)
 
-    with pytest.raises(EvaluationError, match="logits of sequence 1 of 3 hold NaN or infinity"):
-        sample(logits, [own] * 3, [0] * 3)
+    found = sample(logits, [own] * 3, [0] * 3)
+
+    assert found.token_ids[1] is None
+    for row in (0, 2):
+        assert found.token_ids[row] == expected.token_ids[row] is not None
+        assert found.logprobs[row] == expected.logprobs[row]
+        assert found.top[row] == expected.top[row]
+
+
+def test_a_token_that_is_excluded_is_no_reason_to_refuse():
+    logits = torch.tensor([[-math.inf, 0.0, 1.0]])
+
+    assert sample(logits, [drawing(logprobs=1)], [0]).top[0][0][0] == 2
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_the_latest_gives_its_pages_back_and_is_recomputed_with_what_it_said():
     # both have filled two pages by now or will: the older gets the page of the younger
     assert [run(scheduler) for _ in range(2)] == [{0: 1}, {0: 1}]
     assert scheduler.num_preemptions == 1
-    assert (second.pages, second.num_cached) == ([], 0)
+    assert (len(second.pages), second.num_cached) == (0, 0)
     scheduler.remove(first)
     assert len(second.token_ids) == 9
     # its first page is still in the cache, and what it had said is computed once more
@@ -161,3 +161,74 @@ def test_what_is_removed_leaves_nothing(steps):
     assert scheduler.allocator.num_free == 6
     assert scheduler.schedule() == []
     scheduler.allocator.check()
+
+
+def launch(scheduler):
+    """Launch a step whose tokens nobody reads yet; return who gets one."""
+    work = scheduler.schedule()
+    ready = [part.continuation for part in work if part.is_last_chunk]
+    scheduler.advance(work)
+    for continuation in ready:
+        continuation.num_unread += 1
+    scheduler.allocator.check()
+    return ready
+
+
+def read(*continuations):
+    for continuation in continuations:
+        continuation.num_unread -= 1
+        continuation.token_ids.append(7)
+
+
+def test_the_step_after_an_unread_token_computes_it():
+    scheduler = make()
+    one = prompt(0, 6)
+    scheduler.add(one)
+    assert launch(scheduler) == [one]
+    (part,) = scheduler.schedule()
+    assert (part.token_ids, one.num_cached, one.num_generated) == ([0], 6, 1)
+    assert part.is_last_chunk
+
+
+def test_pages_are_offered_as_far_as_their_tokens_are_known():
+    scheduler = make()
+    one = prompt(0, 7)
+    scheduler.add(one)
+    launch(scheduler)
+    launch(scheduler)
+    assert (one.num_cached, one.num_registered) == (8, 1)
+    read(one)
+    launch(scheduler)
+    assert one.num_registered == 2
+
+
+def test_who_is_done_computes_nothing_more_and_keeps_its_pages_until_they_are_needed():
+    scheduler = make(num_pages=4)
+    older, done = prompt(0, 8), prompt(1, 7)
+    scheduler.add(older)
+    scheduler.add(done)
+    launch(scheduler)
+    done.is_done = True
+    assert len(done.pages) == 2
+    assert launch(scheduler) == [older], "it needs a page more"
+    assert len(done.pages) == 0
+    assert (scheduler.num_waiting, scheduler.num_preemptions) == (0, 0)
+    assert scheduler.allocator.match_prefix(done.token_ids) == []
+    scheduler.remove(done)
+
+
+def test_who_was_preempted_waits_until_its_token_is_read():
+    scheduler = make(num_pages=5)
+    older, younger, done = prompt(0, 8), prompt(1, 4), prompt(2, 8)
+    for continuation in (older, younger, done):
+        scheduler.add(continuation)
+    launch(scheduler)
+    done.is_done = True
+    # first the done one goes, whose pages suffice for both
+    assert launch(scheduler) == [older, younger]
+    assert scheduler.num_preemptions == 0
+    scheduler._preempt_latest()
+    younger.num_unread = 1
+    assert launch(scheduler) == [older]
+    read(younger)
+    assert younger in launch(scheduler)
