@@ -38,12 +38,13 @@ endif
 
 gpu-test:
 	@$(NEEDS_GPU)
-	$(BIN_PYTHON) -m pytest -m gpu tests/kernels tests/calibrate $(PYTEST_ARGS)
+	$(BIN_PYTHON) -m pytest -m gpu tests/kernels tests/calibrate tests/runtime $(PYTEST_ARGS)
 
 bench: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 bench:
 	@$(NEEDS_GPU)
 	$(BIN_PYTHON) -m benchmarks.kernels.run --out benchmarks/results $(BENCH_ARGS)
+	$(BIN_PYTHON) -m benchmarks.runtime.run --out benchmarks/results
 
 tables:
 	$(PYTHON) benchmarks/kernels/table.py

@@ -32,16 +32,16 @@ from fp8kv.calibrate.statistics import KVStatistics, Provenance
 from fp8kv.demo import MODELS, TEST_DATA, TRAIN_DATA
 from fp8kv.kernels.fp8 import round_up_to_bfloat16
 from fp8kv.recipes.schema import Scales
-from fp8kv.runtime.agreement import Agreement, measure_agreement
-from fp8kv.runtime.emulated_cache import (
+from fp8kv.runtime.evaluation.agreement import Agreement, measure_agreement
+from fp8kv.runtime.evaluation.emulated_cache import (
     CacheMode,
     emulated_cache,
     fp8_at_unit_scale,
     fp8_with_scales,
     unquantised,
 )
-from fp8kv.runtime.gsm8k import build_prompts, load_problems, reference_continuation
-from fp8kv.runtime.teacher_forcing import answer_logits, force
+from fp8kv.runtime.evaluation.gsm8k import build_prompts, load_problems, reference_continuation
+from fp8kv.runtime.evaluation.teacher_forcing import answer_logits, force
 
 VARIANTS: dict[str, Scales] = {
     f"{name}{', power of two' if power else ''}{f', headroom {headroom:g}' if headroom != 1 else ''}": Scales(

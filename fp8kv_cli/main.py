@@ -19,6 +19,7 @@ from fp8kv.commands.eval import eval_command
 from fp8kv.commands.inspect import inspect_command
 from fp8kv.commands.recipes import recipes_group
 from fp8kv.commands.scales import scales_command
+from fp8kv.commands.serve import serve_command
 from fp8kv.commands.stats import stats_group
 from fp8kv.commands.strip import strip_command
 from fp8kv.commands.validate import validate_command
@@ -75,6 +76,7 @@ for _command in (
     validate_command,
     inspect_command,
     eval_command,
+    serve_command,
     strip_command,
     recipes_group,
 ):

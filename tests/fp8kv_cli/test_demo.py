@@ -23,7 +23,9 @@ def without_eval(monkeypatch):
             return {"arms": {}}
 
     monkeypatch.setattr(demo, "_evaluate", lambda *_: Report())
-    monkeypatch.setattr("fp8kv.runtime.eval_markdown.to_markdown", lambda _: "### the report")
+    monkeypatch.setattr(
+        "fp8kv.runtime.evaluation.eval_markdown.to_markdown", lambda _: "### the report"
+    )
 
 
 def test_writes_both_checkpoints_and_says_what_to_do_next(run, tmp_path, without_eval):
@@ -68,7 +70,7 @@ def test_all_of_it_on_two_problems(run, tmp_path):
     for model in data["models"].values():
         assert model["findings"] == 0
         assert model["checks"] > 10
-        report = model["eval"]
+        report = model["eval"]["sections"]["gsm8k"]
         assert report["n"] == 2
         assert list(report["arms"]) == ["bf16", "fp8-unit", "fp8"]
         # the models are trained to answer; the cache at calibrated scales changes next to nothing

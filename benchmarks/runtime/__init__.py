@@ -1,0 +1,1 @@
+"""Benchmarks of the runtime on one GPU: a whole batch of requests, and decode steps of slices of large models."""
