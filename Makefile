@@ -48,6 +48,7 @@ bench:
 
 tables:
 	$(PYTHON) benchmarks/kernels/table.py
+	$(PYTHON) benchmarks/runtime/table.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -20,7 +20,9 @@ def output_options(function: _Function) -> _Function:
     function = click.option(
         "--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."
     )(function)
-    return click.option("--quiet", "-q", is_flag=True, help="No progress and no tables.")(function)
+    return click.option(
+        "--quiet", "-q", is_flag=True, help="No progress, and no tables on stderr."
+    )(function)
 
 
 def scale_options(function: _Function) -> _Function:

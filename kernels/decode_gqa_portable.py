@@ -210,8 +210,8 @@ def decode_gqa_portable_kernel(
     even = tl.zeros([HEADS, V_COLUMNS], tl.float32)
     odd = tl.zeros([HEADS, V_COLUMNS], tl.float32)
     table = page_table + batch * stride_table
-    k_base = k_pages + kv_head * stride_k_head.to(tl.int64) * 16
-    v_base = v_pages + kv_head * stride_v_head.to(tl.int64) * (16 // V_STEP)
+    k_base = k_pages + kv_head.to(tl.int64) * stride_k_head * 16
+    v_base = v_pages + kv_head.to(tl.int64) * stride_v_head * (16 // V_STEP)
     for start in tl.range(begin, last, TILE, num_stages=STAGES):
         token = start + tl.arange(0, TILE)
         # Past the end the last token is read again: stale bytes may be NaN, and 0 * NaN is NaN.

@@ -79,8 +79,7 @@ def extend_kernel(
         v_unit = tl.load(v_scale + kv_head * V_PER_HEAD)
     else:
         row_factor = tl.full([BLOCK_M], sm_scale * _LOG2_E, tl.float32)
-        k_unit = 1.0
-        v_unit = 1.0
+        k_unit, v_unit = 1.0, 1.0
     # Finite, so that -inf of a masked score minus the maximum is never NaN.
     peak = tl.full([BLOCK_M], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -88,8 +87,7 @@ def extend_kernel(
     for SEGMENT in tl.static_range(2):
         if (SEGMENT == 0 and k_cache is not None) or (SEGMENT == 1 and key is not None):
             # In a segment's own coordinates: the first and last row's position, and how many keys it has.
-            k_factor = 1.0
-            v_factor = 1.0
+            k_factor, v_factor = 1.0, 1.0
             if SEGMENT == 0:
                 offset = prefix
                 limit = prefix if key is not None else prefix + new_tokens
@@ -168,7 +166,8 @@ def launch(arguments: ExtendArguments) -> None:
     call = arguments
     k_main = 1 << (call.k_dim.bit_length() - 1)
     k_tail = max(triton.next_power_of_2(call.k_dim - k_main), 16) if call.k_dim > k_main else 0
-    v_block = triton.next_power_of_2(call.v_dim)
+    # On narrower tiles of V, ptxas 12.8 (Triton 3.6, 3.7) takes an unset register for their address.
+    v_block = max(triton.next_power_of_2(call.v_dim), 64)
     config = _config(k_main + k_tail + v_block, call.is_quantised, call.query.device)
     rows = triton.cdiv(call.max_new_tokens * call.group, config["BLOCK_M"])
     sources = [None if tensor is None else kernel_view(tensor) for tensor in call.sources]

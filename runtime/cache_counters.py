@@ -91,16 +91,12 @@ class CountingBackend:
         return self._backend.name
 
     def counts(self) -> dict[str, LayerCounts]:
-        """Return what was counted in each layer since the beginning or the last :meth:`reset`; waits for the device."""
+        """Return what was counted in each layer so far; waits for the device."""
         found = self._numbers.tolist()
         return {
             name: LayerCounts(StreamCounts(*k), StreamCounts(*v))
             for name, (k, v) in zip(self._rows, found, strict=True)
         }
-
-    def reset(self) -> None:
-        """Begin anew at zero."""
-        self._numbers.zero_()
 
     def fuses_rope(self, layer: LayerCache) -> bool:
         """Say no: keys are counted as they are quantised, so the model has to rotate them by itself."""

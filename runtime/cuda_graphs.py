@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -50,8 +51,7 @@ class CudaRecorder:
         self._device = device
         self._min_free_bytes = min_free_bytes
         self._pool = torch.cuda.graph_pool_handle()
-        # torch's own stream for captures lies on the device that was current at the first of the process
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _capture_stream(device)
         self._is_full = False
 
     def rehearse(self, run: Callable[[], None]) -> None:
@@ -109,6 +109,16 @@ class CudaRecorder:
         free, _ = torch.cuda.mem_get_info(self._device)
         reserved = torch.cuda.memory_reserved(self._device)
         return free + reserved - torch.cuda.memory_allocated(self._device)
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that everybody captures on, one at a time.
+
+    cuBLAS keeps a workspace for each stream, 32 MiB on an H200, as long as the process lives: with a stream of its own
+    every recorder would leave that behind. Torch shares one, too, but on the device that was current at its first use.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _reason(error: BaseException) -> str:

@@ -33,7 +33,7 @@ _MAX_GRAPHS = 64
 _MIN_FREE_BYTES = 1 << 30
 
 
-class Runner(Protocol):
+class PagedRunner(Protocol):
     """A model over a paged cache, such as :class:`~fp8kv.runtime.model_runner.ModelRunner`."""
 
     cache: PagedCache
@@ -51,7 +51,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: PagedRunner,
         *,
         max_sequences: int,
         max_seq_len: int,

@@ -14,13 +14,13 @@ from fp8kv.runtime.engine import Engine, Runner
 from fp8kv.runtime.generation import eos_token_ids, max_positions
 from fp8kv.runtime.limits import MAX_BATCH_TOKENS, MAX_SEQUENCES, EngineLimits
 from fp8kv.runtime.loading import LoadedModel, load, load_once
+from fp8kv.runtime.model_runner import Prefill
 from fp8kv.runtime.packed_logits import rows_at_once
 from fp8kv.runtime.paged_cache import CacheMode
-from fp8kv.runtime.requests import Completion, Output, Request, join_outputs
+from fp8kv.runtime.requests import Completion, Output, Request, join_outputs, read_token_ids
 from fp8kv.runtime.runner_builder import (
     PAGE_SIZE,
     BuiltRunner,
-    Prefill,
     RunnerOptions,
     build_runner,
 )
@@ -119,6 +119,8 @@ class LLM:
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
         )
+        ends = eos_token_ids(loaded.model, self.tokenizer)
+        # from here on the model is held, and nothing raises
         built = build_runner(loaded, self.limits, options)
         self._built: BuiltRunner | None = built
         self.backend = built.backend
@@ -129,7 +131,7 @@ class LLM:
             built.allocator,
             self.tokenizer,
             self.limits,
-            eos_token_ids=eos_token_ids(loaded.model, self.tokenizer),
+            eos_token_ids=ends,
             device=self.device,
         )
         self._streams = Streams(self.engine)
@@ -167,14 +169,14 @@ class LLM:
         """Return the token ids of every prompt.
 
         Raises:
-            RequestError: the prompts are one text.
+            RequestError: the prompts are one text, or one of them is neither text nor token ids.
         """
         if isinstance(prompts, str):
             raise RequestError("prompts is one text: give a list of them")
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         # in one call, which fast tokenizers spread over the cores
         encoded = iter(self.tokenizer(texts)["input_ids"] if texts else ())
-        return [tuple(next(encoded) if isinstance(prompt, str) else prompt) for prompt in prompts]
+        return [read_token_ids(next(encoded) if isinstance(one, str) else one) for one in prompts]
 
     def generate(
         self,

@@ -18,16 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from fp8kv.calibrate.modeling.tap import AttentionModule, tap
-from fp8kv.recipes.errors import EvaluationError, UnsupportedModelError
+from fp8kv.recipes.errors import RequestError, UnsupportedModelError
 from fp8kv.runtime.architectures import check_supported, declared_window, text_config
 from fp8kv.runtime.backends import AttendsLatents, Backend, PreparesPrefill
 from fp8kv.runtime.batch import Batch
+from fp8kv.runtime.checks import check_choice
 from fp8kv.runtime.deferred_rope import DeferredRope, defer_rope
 from fp8kv.runtime.paged_attention import ForwardPass, PagedLayer, hold_module, is_held
 from fp8kv.runtime.paged_cache import PagedCache
 
-PrefillMode = Literal["fp8", "bf16"]
-"""What a new token's attention reads of the tokens beside it: the cache's codes, or K and V as they were computed."""
+Prefill = Literal["fp8", "bf16"]
+"""What a prompt's own tokens are attended as: what the cache holds of them, as later steps read it, or K and V as
+they were computed."""
 
 
 class ModelRunner:
@@ -46,7 +48,7 @@ class ModelRunner:
         model: nn.Module,
         cache: PagedCache,
         backend: Backend,
-        prefill: PrefillMode = "fp8",
+        prefill: Prefill = "fp8",
     ) -> None:
         """Take over ``model``, a transformers model in evaluation mode.
 
@@ -60,16 +62,15 @@ class ModelRunner:
 
         Raises:
             UnsupportedModelError: the model's attention cannot be driven through a paged cache.
-            ValueError: the cache was built for another model, or another runner holds this one.
-            EvaluationError: ``prefill`` is neither.
+            RequestError: another runner holds the model, or ``prefill`` is neither.
+            ValueError: the cache was built for another model.
         """
+        check_choice("prefill", prefill, get_args(Prefill))
         modules = check_supported(model)
-        _check_free(model, modules, cache)
+        check_free(model, modules)
+        _check_cache(model, modules, cache)
         self.cache = cache
         self._model = model
-        if prefill not in get_args(PrefillMode):
-            known = ", ".join(get_args(PrefillMode))
-            raise EvaluationError(f"unknown prefill {prefill!r}; known ones: {known}")
         # asked once: isinstance is slow on protocols
         hook = backend if prefill == "fp8" and isinstance(backend, PreparesPrefill) else None
         latents = backend if isinstance(backend, AttendsLatents) else None
@@ -90,10 +91,6 @@ class ModelRunner:
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits of each sequence's last new token, float32 ``[sequences, vocabulary]``."""
         return self._run(batch, batch.cu_seqlens[1:].to(torch.int64) - 1).float()
-
-    def all_logits(self, batch: Batch) -> Tensor:
-        """Return the logits of every new token, ``[tokens, vocabulary]``, in the model's dtype."""
-        return self._run(batch, 0)
 
     def logits_at(self, batch: Batch, rows: Tensor) -> Tensor:
         """Return the logits of some new tokens, ``[wanted, vocabulary]``, in the model's dtype.
@@ -116,7 +113,7 @@ class ModelRunner:
         self.close()
 
     @torch.no_grad()
-    def _run(self, batch: Batch, kept: Tensor | int) -> Tensor:
+    def _run(self, batch: Batch, kept: Tensor) -> Tensor:
         if not self._pass.layers:
             raise ValueError("this runner is closed; make another one to run the model")
         self._pass.begin(batch)
@@ -138,16 +135,29 @@ class ModelRunner:
         return output.logits[0]  # type: ignore[no-any-return]
 
 
-def _check_free(
+def check_free(model: nn.Module, modules: Mapping[str, AttentionModule]) -> None:
+    """Refuse a model that a runner holds.
+
+    Args:
+        model: of transformers.
+        modules: its attention modules.
+
+    Raises:
+        RequestError: one does.
+    """
+    if any(is_held(attention.module) for attention in modules.values()):
+        raise RequestError(
+            f"this {type(model).__name__} is in use: close the LLM that runs it, or load it once more"
+        )
+
+
+def _check_cache(
     model: nn.Module, modules: Mapping[str, AttentionModule], cache: PagedCache
 ) -> None:
-    kind = type(model).__name__
     if set(cache.layers) != set(modules):
         raise ValueError(
-            f"the cache has the layers {sorted(cache.layers)}, but {kind} has {sorted(modules)}"
+            f"the cache has the layers {sorted(cache.layers)}, but {type(model).__name__} has {sorted(modules)}"
         )
-    if any(is_held(attention.module) for attention in modules.values()):
-        raise ValueError(f"another ModelRunner holds this {kind}; close it first")
 
 
 def _defer_rope(

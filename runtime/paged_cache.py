@@ -26,7 +26,7 @@ from fp8kv.calibrate.scales import ScaleSet
 from fp8kv.kernels.fp8 import Fp8Format, get_format
 from fp8kv.kernels.layout import MAX_PAGE_SIZE, is_page_size
 from fp8kv.recipes.errors import EvaluationError, ScaleError, UnsupportedModelError
-from fp8kv.runtime.cache_scales import CacheScales, read_scales
+from fp8kv.runtime.cache_scales import CacheScales
 
 __all__ = [
     "CacheMode",
@@ -36,7 +36,6 @@ __all__ = [
     "build_cache",
     "bytes_per_token",
     "measure_dims",
-    "read_scales",
 ]
 
 CacheMode = Literal["bf16", "fp8", "fp8-unit", "emulate", "float32"]
@@ -246,6 +245,12 @@ class _Scales:
     def report(self) -> None:
         """Log once what is held at 1.0 although the mode asks for calibrated scales."""
         if not self._expected or not self._missing:
+            return
+        if len(self._missing) == self._total:
+            _LOG.warning(
+                "all KV scales are missing and taken as 1.0: convert the checkpoint with fp8kv calibrate, or ask "
+                "for the cache fp8-unit"
+            )
             return
         _LOG.warning(
             "%d of %d KV scales are missing and taken as 1.0: %s%s",

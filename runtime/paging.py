@@ -78,15 +78,6 @@ class PageAllocator:
         self._references.update(dict.fromkeys(pages, 1))
         return pages
 
-    def share(self, pages: Iterable[int]) -> None:
-        """Add a reference to each of ``pages``, which somebody must hold.
-
-        Raises:
-            PageAccountingError: nobody holds one of them.
-        """
-        for page in pages:
-            self._references[page] = self._held(page) + 1
-
     def free(self, pages: Sequence[int]) -> None:
         """Take a reference from each of ``pages``, which are a sequence's in order.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from fp8kv.recipes.errors import RequestError
 from fp8kv.runtime.sampling import SamplingParameters
 
 FinishReason = Literal["stop", "length", "error"]
@@ -115,3 +118,17 @@ def join_outputs(outputs: Iterable[Output]) -> Choice:
         finish_reason=reason,
         error=steps[-1].error,
     )
+
+
+def read_token_ids(prompt: Iterable[int]) -> tuple[int, ...]:
+    """Return the token ids of a prompt as whole numbers of Python's.
+
+    Raises:
+        RequestError: it is something else.
+    """
+    try:
+        return tuple(map(operator.index, prompt))
+    except TypeError:
+        raise RequestError(
+            f"a prompt is {reprlib.repr(prompt)}: give a text or a list of token ids"
+        ) from None

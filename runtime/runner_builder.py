@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
 from fp8kv.calibrate.modeling.tap import AttentionModule
+from fp8kv.kernels.layout import MAX_PAGE_SIZE, is_page_size
 from fp8kv.recipes.errors import RequestError
 from fp8kv.runtime.architectures import check_supported
 from fp8kv.runtime.backends import BACKENDS, Backend, choose_backend
@@ -26,7 +27,7 @@ from fp8kv.runtime.memory import (
     pages_that_fit,
     read_memory,
 )
-from fp8kv.runtime.model_runner import ModelRunner
+from fp8kv.runtime.model_runner import ModelRunner, Prefill, check_free
 from fp8kv.runtime.paged_cache import (
     CacheMode,
     LayerDims,
@@ -39,9 +40,6 @@ from fp8kv.runtime.paging import PageAllocator
 
 PAGE_SIZE = 64
 MEMORY_FRACTION = 0.9
-
-Prefill = Literal["fp8", "bf16"]
-"""What a prompt's own tokens are attended as: the FP8 codes that later steps read, or the numbers before that."""
 
 _WITHOUT_SCALES: Mapping[CacheMode, CacheMode] = {"fp8": "fp8-unit", "emulate": "bf16"}
 """Modes of the same size that ask for no scales, and so do not warn that some are missing."""
@@ -72,6 +70,10 @@ class RunnerOptions:
         check_switch("cuda_graphs", self.cuda_graphs)
         check_switch("count_clipped", self.count_clipped)
         check_integer("page_size", self.page_size, least=1)
+        if not is_page_size(self.page_size):
+            raise RequestError(
+                f"page_size is {self.page_size}: give a power of two up to {MAX_PAGE_SIZE}"
+            )
         if self.num_pages is not None:
             check_integer("num_pages", self.num_pages, least=1)
             if self.memory_fraction is not None:
@@ -154,6 +156,8 @@ class _Builder:
         self._limits = limits
         self._options = options
         self._modules: dict[str, AttentionModule] = check_supported(loaded.model)
+        # before anything runs through a model that others have changed
+        check_free(loaded.model, self._modules)
         self._dims: dict[str, LayerDims] = measure_dims(loaded.model, self._modules)
 
     def count_pages(self) -> int:

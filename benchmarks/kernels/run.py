@@ -13,7 +13,6 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 import triton
 
+from ..commit import commit_id
 from .case import Ceilings
 from .table import is_met
 from .workers import CEILINGS, COMPILE, KERNELS, LIST, TIME, Answer, Job, Worker, share_out
@@ -170,25 +170,8 @@ def _head() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit_id(),
     }
-
-
-def _commit() -> str:
-    """Return the commit that is timed, with a ``+`` where files differ from it; ``FP8KV_COMMIT`` where there is no git."""
-    if "FP8KV_COMMIT" in os.environ:
-        return os.environ["FP8KV_COMMIT"]
-    root = Path(__file__).resolve().parents[2]
-    try:
-        commit, changes = (
-            subprocess.run(
-                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for command in (["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain", "-uno"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("+" if changes else "")
 
 
 def _as_json(result: dict[str, Any]) -> str:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from ..commit import commit_id
+
 BENCHMARKS = ("llama", "slices")
 
 
@@ -38,7 +40,7 @@ def main() -> None:
                 failed.append(name)
             else:
                 parts[name] = json.loads(part.read_text())
-    result = {"benchmark": "runtime", "date": date, "gpu": gpu, "commit": commit(), **parts}
+    result = {"benchmark": "runtime", "date": date, "gpu": gpu, "commit": commit_id(), **parts}
     if arguments.out:
         out = arguments.out
         if out.suffix != ".json":
@@ -47,14 +49,6 @@ def main() -> None:
         out.write_text(json.dumps(result, indent=1) + "\n")
     if failed:
         sys.exit(f"{', '.join(failed)} did not finish.")
-
-
-def commit() -> str | None:
-    """Return the commit that was timed, None outside a repository."""
-    answer = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip() or None
 
 
 if __name__ == "__main__":

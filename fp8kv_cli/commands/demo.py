@@ -59,6 +59,7 @@ def demo_command(out: Path | None, limit: int, device: str, as_json: bool, quiet
         f"  fp8kv scales --from {root / 'tiny-deepseek-v3' / 'fp8kv' / 'kv-stats.safetensors'} "
         "--estimator mse\n"
         "                                              other scales from the same statistics\n"
+        f"  fp8kv serve {root / 'tiny-minimax-m2'}            OpenAI's API over its FP8 cache\n"
         "  fp8kv calibrate YOUR_MODEL --out DIR --dry-run   the plan for a model of yours"
     )
     output.json({"seconds": round(seconds, 1), "models": results})

@@ -42,7 +42,9 @@ _EXTRA = ("fastapi", "starlette", "uvicorn", "prometheus_client")
     help="fp8 with the checkpoint's scales, at scale 1.0, unquantised, or quantised and back.",
 )
 @click.option(
-    "--backend", type=click.Choice(["reference", "triton"]), help="[default: the fastest]"
+    "--backend",
+    type=click.Choice(["reference", "triton"]),
+    help="Attention kernels.  [default: triton on a GPU]",
 )
 @click.option(
     "--prefill",
@@ -52,31 +54,55 @@ _EXTRA = ("fastapi", "starlette", "uvicorn", "prometheus_client")
     help="What a prompt's own tokens are attended as.",
 )
 @click.option(
-    "--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto"
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="Of weights and arithmetic; auto: the checkpoint's on a GPU, float32 on a CPU.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option(
-    "--page-size", type=click.IntRange(min=1), help="Tokens of a cache page.  [default: 64]"
+    "--page-size",
+    type=click.IntRange(min=1),
+    help="Tokens of a cache page, a power of two.  [default: 64]",
 )
-@click.option("--num-pages", type=click.IntRange(min=1), help="Pages of the cache.")
+@click.option(
+    "--num-pages", type=click.IntRange(min=1), help="Pages of the cache.  [default: by the memory]"
+)
 @click.option(
     "--memory-fraction",
     type=click.FloatRange(0, 1, min_open=True),
     help="Of a GPU's memory for weights and cache, where --num-pages is not given.  [default: 0.9]",
 )
-@click.option("--max-sequences", type=click.IntRange(min=1), help="Continued at one time.")
-@click.option("--max-batch-tokens", type=click.IntRange(min=1), help="Of a forward pass.")
 @click.option(
-    "--max-queue", type=click.IntRange(min=0), help="Sequences that may wait beside these."
+    "--max-sequences",
+    type=click.IntRange(min=1),
+    help="Sequences continued at one time.  [default: 256]",
 )
-@click.option("--max-body-bytes", type=click.IntRange(min=1), help="Of a request.")
+@click.option(
+    "--max-batch-tokens",
+    type=click.IntRange(min=1),
+    help="Tokens of a forward pass.  [default: 8192]",
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(min=0),
+    help="Sequences that may wait beside these.  [default: 1024]",
+)
+@click.option(
+    "--max-body-bytes",
+    type=click.IntRange(min=1),
+    help="Bytes of a request's body.  [default: 16777216]",
+)
 @click.option(
     "--shutdown-timeout",
     "shutdown_seconds",
     type=click.FloatRange(min=0),
     help="Seconds that running requests have when the server is told to stop.  [default: 30]",
 )
-@click.option("--count-clipped", is_flag=True, help="Count what the cache clips and flushes.")
+@click.option(
+    "--count-clipped", is_flag=True, help="Show at /metrics what the cache clips and flushes."
+)
 @click.option("--no-cuda-graphs", is_flag=True, help="Run every step eagerly.")
 @click.option(
     "--trust-remote-code", is_flag=True, help="Let the checkpoint run Python code of its own."

@@ -32,7 +32,7 @@ from fp8kv.runtime.paged_cache import LayerCache
 
 _QUERY_TYPES = (torch.bfloat16, torch.float16)
 _WIDTH_STEP = 16
-_MIN_WIDTH, _MAX_WIDTH = 64, 256
+_MAX_WIDTH = 256
 
 
 class TritonBackend:
@@ -148,7 +148,7 @@ def has_kernel(layer: LayerCache, query: Tensor, options: AttentionOptions) -> b
         plain = options.window is None and options.soft_cap is None and options.sinks is None
         return plain and layer.k.shape[-1] == ROW_DIM and layer.v_dim == LATENT_DIM
     widths = (layer.k.shape[-1], layer.v_dim)
-    return all(width % _WIDTH_STEP == 0 and _MIN_WIDTH <= width <= _MAX_WIDTH for width in widths)
+    return all(width % _WIDTH_STEP == 0 and 0 < width <= _MAX_WIDTH for width in widths)
 
 
 def _writes(layer: LayerCache, key: Tensor) -> bool:

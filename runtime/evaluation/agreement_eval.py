@@ -6,8 +6,6 @@ texts is as large as their bound on memory allows: the baseline runs the group, 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 from fp8kv.recipes.errors import DataError, EvaluationError
 from fp8kv.runtime.evaluation.agreement import AgreementSummary
 from fp8kv.runtime.evaluation.arms import BASELINE, ArmOpener, Progress, default_context
+from fp8kv.runtime.evaluation.digests import json_digest
 from fp8kv.runtime.evaluation.position_agreement import (
     PositionAgreement,
     forced_pieces,
@@ -148,10 +147,9 @@ class AgreementMeasurement:
 
     def result(self) -> AgreementSection:
         """Return the section of the report."""
-        canonical = json.dumps(self._windows)
         return AgreementSection(
             data=self._settings.name,
-            protocol_digest=hashlib.sha256(canonical.encode("ascii")).hexdigest(),
+            protocol_digest=json_digest(self._windows),
             context=self._context,
             num_windows=len(self._windows),
             arms={name: ArmAgreement.from_positions(one) for name, one in self._arms.items()},
@@ -213,7 +211,7 @@ def separate_windows(tokenizer: Any, text: str, context: int) -> list[tuple[int,
     ids = tuple(tokenizer(text, verbose=False)["input_ids"])
     if len(ids) < 2:
         raise DataError(
-            f"the text has {len(ids)} tokens, and a comparison needs two: give a longer one"
+            f"the text has fewer than two tokens ({len(ids)}), and a comparison needs two: give a longer one"
         )
     start = ids[:1] if ids[0] in tokenizer.all_special_ids else ()
     if context < 2 + len(start):

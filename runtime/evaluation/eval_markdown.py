@@ -116,7 +116,9 @@ def _perplexity(section: PerplexitySection) -> list[str]:
 def _perplexity_row(name: str, arm: PerplexityArm) -> list[str]:
     ratio = "-"
     if arm.ratio is not None:
-        ratio = f"{arm.ratio.value:.5f} [{arm.ratio.ci_low:.5f}, {arm.ratio.ci_high:.5f}]"
+        ratio = f"{arm.ratio.value:.5f}"
+        if arm.ratio.ci_low is not None and arm.ratio.ci_high is not None:
+            ratio += f" [{arm.ratio.ci_low:.5f}, {arm.ratio.ci_high:.5f}]"
     return [
         _LABELS[name],
         f"{arm.perplexity:.4f}",

@@ -34,6 +34,7 @@ from fp8kv.runtime.evaluation.gsm8k_eval import Gsm8kMeasurement, Gsm8kSettings
 from fp8kv.runtime.evaluation.lm_eval_adapter import check_tasks
 from fp8kv.runtime.evaluation.needle_eval import NeedleMeasurement, NeedleSettings
 from fp8kv.runtime.evaluation.perplexity_eval import PerplexityMeasurement, PerplexitySettings
+from fp8kv.runtime.evaluation.samples import check_writable
 from fp8kv.runtime.evaluation.tasks_eval import TasksMeasurement, TasksSettings
 from fp8kv.runtime.llm import LoadedModel, load
 from fp8kv.runtime.paged_cache import bytes_per_token, measure_dims
@@ -110,7 +111,7 @@ def evaluate(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
-        progress=_told_of_steps(progress, "bytes of weights"),
+        progress=_told_of_steps(progress, "loading weights"),
     )
     measurements = _measurements(settings, loaded, scales, options, progress)
     open_arm = arm_opener(loaded, options)
@@ -171,6 +172,8 @@ def _check(settings: EvaluationSettings, arms: Sequence[str]) -> None:
         check_tasks(settings.tasks.tasks)
     if settings.expect is not None:
         check_askable(settings.expect, arms, asked)
+    if settings.gsm8k is not None and settings.gsm8k.samples is not None:
+        check_writable(settings.gsm8k.samples)
 
 
 def _measurements(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from fp8kv.recipes.errors import EvaluationError
 from fp8kv.runtime.evaluation.agreement import AgreementSummary
 from fp8kv.runtime.evaluation.agreement_eval import answer_rows, compare_arms
 from fp8kv.runtime.evaluation.arms import BASELINE, ArmOpener, Progress
+from fp8kv.runtime.evaluation.digests import json_digest
 from fp8kv.runtime.evaluation.gsm8k import (
     MAX_NEW_TOKENS,
     NUM_FEWSHOT,
@@ -112,8 +111,7 @@ class Gsm8kMeasurement:
         )
         self._log = None
         if settings.samples is not None:
-            canonical = json.dumps([self._digest, *run])
-            self._log = SampleLog(settings.samples, hashlib.sha256(canonical.encode()).hexdigest())
+            self._log = SampleLog(settings.samples, json_digest([self._digest, *run]))
         self._scores: dict[str, list[Score]] = {}
         self._seconds: dict[str, float] = {}
         self._agreements: dict[str, AgreementSummary] = {}
@@ -190,5 +188,5 @@ def _check_length(encoded: Sequence[Sequence[int]], max_new_tokens: int, limit: 
     if limit is not None and longest + max_new_tokens > limit:
         raise EvaluationError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {limit} positions: "
-            "use fewer shots (--num-fewshot)"
+            "use fewer shots (--num-fewshot) or shorter answers (--max-new-tokens)"
         )

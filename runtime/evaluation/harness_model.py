@@ -56,6 +56,7 @@ def import_harness() -> SimpleNamespace:
                 ("evaluator", "evaluator"),
                 ("model", "api.model"),
                 ("model_utils", "models.utils"),
+                ("task", "api.task"),
                 ("tasks", "tasks"),
                 ("utils", "utils"),
             )

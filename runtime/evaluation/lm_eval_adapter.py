@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+from yaml import YAMLError
+
 from fp8kv.recipes.errors import EvaluationError
 from fp8kv.runtime.evaluation.answer_scores import MeasuredModel
 from fp8kv.runtime.evaluation.harness_model import harness_model, import_harness
+from fp8kv.runtime.evaluation.harness_quiet import quiet_harness
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ def run_tasks(
         apply_chat_template: whether prompts go through the tokenizer's chat template.
 
     Raises:
-        EvaluationError: the harness is not installed, a task is unknown, its data cannot be had, or it asks for
-            something that the engine does not do.
+        EvaluationError: the harness is not installed, a task is unknown, its data cannot be had, it cannot be run as
+            it is written or asked for, or it asks for something that the engine does not do.
         RequestError: a prompt does not fit the model or its cache.
     """
     harness = import_harness()
@@ -68,18 +72,25 @@ def run_tasks(
     if apply_chat_template and getattr(llm.tokenizer, "chat_template", None) is None:
         raise EvaluationError("the tokenizer has no chat template: run the tasks without one")
     try:
-        found = harness.evaluator.simple_evaluate(
-            model=harness_model(llm),
-            tasks=list(tasks),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            apply_chat_template=apply_chat_template,
-            task_manager=manager,
-            log_samples=False,
-        )
+        with quiet_harness(harness):
+            found = harness.evaluator.simple_evaluate(
+                model=harness_model(llm),
+                tasks=list(tasks),
+                num_fewshot=num_fewshot,
+                limit=limit,
+                apply_chat_template=apply_chat_template,
+                task_manager=manager,
+                log_samples=False,
+            )
     except OSError as error:  # what datasets and the hub raise where data cannot be had
         raise EvaluationError(
             f"the data of {', '.join(tasks)} cannot be had: {' '.join(str(error).split())}"
+        ) from error
+    # what a task's file is wrong about shows anywhere in the harness
+    except (ValueError, TypeError, KeyError, YAMLError, TemplateError) as error:
+        raise EvaluationError(
+            f"lm-evaluation-harness cannot run {', '.join(tasks)}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}; see where with fp8kv --debug eval"
         ) from error
     return _results(found, harness.version)
 

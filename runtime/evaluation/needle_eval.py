@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fp8kv.recipes.errors import EvaluationError
 from fp8kv.runtime.evaluation.arms import BASELINE, Progress
+from fp8kv.runtime.evaluation.digests import json_digest
 from fp8kv.runtime.evaluation.needle import (
     DEPTHS,
     NeedleCell,
@@ -109,9 +108,8 @@ class NeedleMeasurement:
     def result(self) -> NeedleSection:
         """Return the section of the report."""
         baseline = self._found.get(BASELINE)
-        canonical = json.dumps([prompt.token_ids for prompt in self._plan.prompts])
         return NeedleSection(
-            protocol_digest=hashlib.sha256(canonical.encode("ascii")).hexdigest(),
+            protocol_digest=json_digest([prompt.token_ids for prompt in self._plan.prompts]),
             lengths=self._lengths,
             depths=self._settings.depths,
             n=len(self._plan.prompts),

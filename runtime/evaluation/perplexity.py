@@ -46,7 +46,6 @@ class Perplexity:
         bits_per_byte: negative log likelihood of the text in bits, by its bytes; unlike the others it can be
             compared between tokenizers.
         window_nll: sum of each window, in nats; what a paired comparison of two arms is made of.
-        window_tokens: scored tokens of each window.
     """
 
     num_tokens: int
@@ -55,7 +54,6 @@ class Perplexity:
     perplexity: float
     bits_per_byte: float
     window_nll: tuple[float, ...]
-    window_tokens: tuple[int, ...]
 
 
 def read_text(path: str | Path) -> str:
@@ -103,7 +101,7 @@ def text_windows(tokenizer: Any, text: str, window: int, stride: int | None = No
     token_ids = tuple(tokenizer(text, verbose=False)["input_ids"])
     if len(token_ids) < 2:
         raise DataError(
-            f"the text has {len(token_ids)} tokens, and scoring needs two: give a longer one"
+            f"the text has fewer than two tokens ({len(token_ids)}), and scoring needs two: give a longer one"
         )
     windows = [(token_ids[:1], token_ids[1:window])]
     for first in range(window, len(token_ids), stride):
@@ -136,6 +134,11 @@ def measure_perplexity(
     return _perplexity(sums, [len(scored) for _, scored in windows.windows], windows.num_bytes)
 
 
+def from_nats(value: float) -> float:
+    """Return ``exp(value)``, infinity where that is beyond a float: a broken cache can cost so much."""
+    return math.exp(value) if value < 700 else math.inf
+
+
 def _perplexity(sums: Sequence[float], counts: Sequence[int], num_bytes: int) -> Perplexity:
     total = math.fsum(sums)
     nll = total / sum(counts)
@@ -143,9 +146,7 @@ def _perplexity(sums: Sequence[float], counts: Sequence[int], num_bytes: int) ->
         num_tokens=sum(counts),
         num_bytes=num_bytes,
         nll=nll,
-        # a broken cache can cost more nats than a float's exponent holds
-        perplexity=math.exp(nll) if nll < 700 else math.inf,
+        perplexity=from_nats(nll),
         bits_per_byte=total / math.log(2) / num_bytes,
         window_nll=tuple(sums),
-        window_tokens=tuple(counts),
     )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fp8kv.runtime.evaluation.arms import BASELINE, Progress, default_context
+from fp8kv.runtime.evaluation.digests import json_digest
 from fp8kv.runtime.evaluation.paired import bootstrap_interval
-from fp8kv.runtime.evaluation.perplexity import Perplexity, measure_perplexity, text_windows
+from fp8kv.runtime.evaluation.perplexity import (
+    Perplexity,
+    from_nats,
+    measure_perplexity,
+    text_windows,
+)
 from fp8kv.runtime.llm import LLM, LoadedModel
 
 
@@ -36,13 +39,13 @@ class PerplexityRatio:
 
     Attributes:
         value: above 1 where the arm predicts worse.
-        ci_low: lower end of the 95 % bootstrap interval over the windows.
+        ci_low: lower end of the 95 % bootstrap interval over the windows; None where there is one only.
         ci_high: upper end of it.
     """
 
     value: float
-    ci_low: float
-    ci_high: float
+    ci_low: float | None
+    ci_high: float | None
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,9 @@ class PerplexityMeasurement:
     def result(self) -> PerplexitySection:
         """Return the section of the report."""
         baseline = self._found.get(BASELINE)
-        canonical = json.dumps(self._windows.windows)
         return PerplexitySection(
             data=self._settings.name,
-            protocol_digest=hashlib.sha256(canonical.encode("ascii")).hexdigest(),
+            protocol_digest=json_digest(self._windows.windows),
             context=self._windows.window,
             stride=self._windows.stride,
             num_tokens=sum(len(scored) for _, scored in self._windows.windows),
@@ -136,6 +138,10 @@ def ratio(arm: Perplexity, baseline: Perplexity) -> PerplexityRatio:
     Raises:
         EvaluationError: a likelihood is not finite.
     """
+    value = from_nats(arm.nll - baseline.nll)
+    if len(arm.window_nll) == 1:
+        # drawn from one window, an interval would have no width and look like certainty
+        return PerplexityRatio(value, None, None)
     # windows are resampled, for tokens of one window share what they read; all count alike, as all but one score
     # the same number of tokens
     differences = [
@@ -143,8 +149,4 @@ def ratio(arm: Perplexity, baseline: Perplexity) -> PerplexityRatio:
         for own, other in zip(arm.window_nll, baseline.window_nll, strict=True)
     ]
     low, high = bootstrap_interval(differences)
-    return PerplexityRatio(_exp(arm.nll - baseline.nll), _exp(low), _exp(high))
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    return PerplexityRatio(value, from_nats(low), from_nats(high))

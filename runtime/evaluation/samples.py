@@ -9,6 +9,9 @@ from pathlib import Path
 
 from fp8kv.recipes.errors import EvaluationError, OutputError
 
+_LINE_START = b'{"run": "'
+"""What every line begins with: a file that does not is somebody else's, and is left as it is."""
+
 
 class SampleLog:
     """An append-only JSON Lines file of generated texts.
@@ -26,6 +29,7 @@ class SampleLog:
 
         Raises:
             EvaluationError: the file holds answers of another run, or a line that is not of this form.
+            OutputError: the file cannot be read.
         """
         self._path = path
         self._run = run
@@ -62,27 +66,49 @@ class SampleLog:
             raise OutputError(f"cannot write {self._path}: {error.strerror or error}") from error
 
     def _read(self) -> None:
-        raw = self._path.read_bytes()
-        # a kill in the middle of a write leaves a last line without its end: that answer is made again
+        try:
+            raw = self._path.read_bytes()
+        except OSError as error:
+            raise OutputError(f"cannot read {self._path}: {error.strerror or error}") from error
         complete, _, broken = raw.rpartition(b"\n")
-        if broken:
-            self._path.write_bytes(complete + b"\n" if complete else b"")
-        for number, line in enumerate(complete.decode("utf-8", "replace").splitlines(), start=1):
+        lines = complete.decode("utf-8", "replace").splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
                 run = entry["run"]
                 key = (str(entry["arm"]), int(entry["index"]), str(entry["prompt_sha256"]))
                 text = str(entry["text"])
             except (ValueError, KeyError, TypeError):
-                raise EvaluationError(
-                    f"{self._path}, line {number}, is not an answer that fp8kv eval wrote; name another file"
-                ) from None
+                raise self._foreign(number) from None
             if run != self._run:
                 raise EvaluationError(
                     f"{self._path} holds answers of another run (other checkpoint, protocol, dtype or scales); "
                     "name another file or delete it"
                 )
             self._texts[key] = text
+        if not broken:
+            return
+        if not (broken.startswith(_LINE_START) or _LINE_START.startswith(broken)):
+            raise self._foreign(len(lines) + 1)
+        # a kill in the middle of a write leaves a last line without its end: that answer is made again
+        self._path.write_bytes(complete + b"\n" if complete else b"")
+
+    def _foreign(self, number: int) -> EvaluationError:
+        return EvaluationError(
+            f"{self._path}, line {number}, is not an answer that fp8kv eval wrote; name another file"
+        )
+
+
+def check_writable(path: Path) -> None:
+    """Refuse, before anything is computed, a log that could not be written; where it is missing, make it.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _digest(text: str) -> str:

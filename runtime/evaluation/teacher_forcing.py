@@ -1,4 +1,7 @@
-"""Logits on reference answers: one forward pass per batch over prompt and answer together."""
+"""Logits on reference answers from an unmodified model: one forward pass over a padded batch of prompts and answers.
+
+Studies compare them, and what the engine says is tested against them.
+"""
 
 from __future__ import annotations
 

@@ -44,9 +44,7 @@ def bind(host: str, port: int) -> socket.socket:
             opened.close()
             raise
     except (OSError, UnicodeError) as error:
-        raise RequestError(
-            f"cannot listen on {host} port {port}: {error}; choose another --host or --port"
-        ) from None
+        raise _cannot_listen(host, port, error) from None
     return opened
 
 
@@ -80,7 +78,15 @@ def serve(
 
     Returns:
         The requests that were cut short at the end.
+
+    Raises:
+        RequestError: somebody else listens by now.
     """
+    try:
+        opened.listen()
+    except OSError as error:
+        host, port = opened.getsockname()[:2]
+        raise _cannot_listen(host, port, error) from None
     server = DrainingServer(Service(llm, settings), say=say, started=started)
     server.run(sockets=[opened])
     return server.num_cut_short
@@ -143,3 +149,12 @@ class DrainingServer(uvicorn.Server):
         # tells those who are left that they are cut short
         await self._service.stop()
         await super().shutdown(sockets)
+        if self.force_exit:
+            # Uvicorn would leave the lifespan to be cancelled, which is logged with a traceback
+            await self.lifespan.shutdown()
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> RequestError:
+    return RequestError(
+        f"cannot listen on {host} port {port}: {error}; choose another --host or --port"
+    )

@@ -51,6 +51,7 @@ def test_prints_markdown_on_stdout_and_progress_on_stderr(run, minimax_out, data
     rows = [line.split("|")[1].strip() for line in result.stdout.splitlines() if line[:1] == "|"]
     assert rows[2:5] == ["bf16 (unquantised)", "fp8-unit (scale 1.0)", "fp8 (calibrated scales)"]
     assert result.stderr.splitlines() == [
+        "loading weights",
         "answers with bf16",
         "answers with fp8-unit",
         "answers with fp8",

@@ -79,6 +79,22 @@ def test_every_command_has_json_and_quiet(run, command):
     assert "--quiet" in options
 
 
+@pytest.mark.parametrize("command", ["eval", "serve"])
+def test_every_option_is_explained_and_its_default_true(run, command):
+    from fp8kv.runtime.limits import MAX_BATCH_TOKENS, MAX_SEQUENCES
+
+    options = [one for one in cli.commands[command].params if isinstance(one, click.Option)]
+    assert not [one.name for one in options if not one.help]
+    defaults = {one.name: one.help.partition("[default: ")[2].rstrip("]") for one in options}
+    assert defaults["max_sequences"] == str(MAX_SEQUENCES)
+    assert defaults["max_batch_tokens"] == str(MAX_BATCH_TOKENS)
+    if command == "serve":
+        settings = pytest.importorskip("fp8kv.runtime.server.settings")
+        assert defaults["max_queue"] == str(settings.MAX_QUEUE)
+        assert defaults["max_body_bytes"] == str(settings.MAX_BODY_BYTES)
+        assert float(defaults["shutdown_seconds"]) == settings.SHUTDOWN_SECONDS
+
+
 def test_an_error_is_one_sentence_and_status_3():
     result = CliRunner().invoke(raising(CheckpointError("x is broken; mend it")), ["fail"])
 

@@ -337,6 +337,22 @@ def test_on_the_gpu_e5m2_in_hnd_order():
     assert_right(problem)
 
 
+WIDTHS = [
+    (16, 16), (32, 16), (64, 16), (128, 16), (16, 32), (64, 32), (128, 32), (48, 48), (96, 48), (128, 48),
+    (32, 64), (128, 64), (256, 64), (64, 96), (128, 96), (96, 128), (256, 128),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("k_dim", "v_dim"), WIDTHS)
+def test_on_the_gpu_keys_and_values_of_any_widths(k_dim, v_dim, monkeypatch):
+    shape = ([0, 1, 17, 300], 1 + (v_dim > 32), 4, k_dim, v_dim)
+    assert_right(make_problem(*shape), splits=(1, 2))
+    assert_right(make_problem(*shape, dtype=QUERY_TYPE), splits=(2,), limit=UNQUANTISED_LIMIT)
+    monkeypatch.setattr(module.hopper, "supports", lambda arguments: False)
+    assert_right(make_problem(*shape), splits=(2,))
+
+
 @pytest.mark.gpu
 def test_on_the_gpu_an_unquantised_cache():
     for dtype, limit in ((torch.bfloat16, UNQUANTISED_LIMIT), (torch.float16, FLOAT32_LIMIT)):

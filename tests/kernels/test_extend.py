@@ -390,6 +390,22 @@ def test_large_problems_over_an_unquantised_cache(new):
     check(problem, 4e-3, out_dtype=torch.bfloat16)
 
 
+WIDTHS = [
+    (16, 16), (32, 16), (64, 16), (96, 16), (16, 32), (64, 32), (96, 32), (128, 32), (48, 48), (128, 48),
+    (32, 64), (128, 64), (256, 64), (64, 96), (192, 96), (96, 128), (256, 128), (128, 256),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("k_dim", "v_dim"), WIDTHS)
+def test_keys_and_values_of_any_widths(k_dim, v_dim):
+    dims = {"k_dim": k_dim, "v_dim": v_dim, "page_size": 16}
+    check(Problem((*RAGGED, (290, 7)), new="cache", **dims))
+    check(Problem(((0, 70), (0, 1), (0, 200)), q_heads=4, kv_heads=4, **dims))
+    unquantised = Problem((*RAGGED, (290, 7)), new="cache", code_type=torch.bfloat16, **dims)
+    check(unquantised, UNQUANTISED_LIMITS[torch.bfloat16])
+
+
 @pytest.mark.gpu
 def test_rounding_of_the_output():
     check(LARGE, BFLOAT16_LIMIT, out_dtype=torch.bfloat16)

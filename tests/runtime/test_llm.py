@@ -231,6 +231,8 @@ def test_no_prompts_no_completions(llm):
         (["fine", ""], greedy(), "prompt is empty"),
         (["fine", "far"], greedy(10**9), "a prompt of .* tokens with max_tokens 1000000000"),
         ([[1, 10**6]], greedy(), "token id 1000000"),
+        ([[1, 2.5]], greedy(), r"a prompt is \[1, 2\.5\]: give a text or a list of token ids"),
+        ([7], greedy(), "a prompt is 7: give a text"),
     ],
 )
 def test_bad_requests_are_refused_and_leave_nothing(llm, prompts, parameters, message):
@@ -275,7 +277,7 @@ def test_one_model_serves_one_llm_after_the_other(loaded):
 def test_an_llm_that_cannot_be_made_leaves_the_model_free(loaded):
     with pytest.raises(Fp8kvError, match="48"):
         make(loaded, page_size=48, device="auto")
-    with make(loaded, device="auto"), pytest.raises(ValueError, match="ModelRunner"):
+    with make(loaded, device="auto"), pytest.raises(RequestError, match="in use: close the LLM"):
         make(loaded, device="auto")
     make(loaded, device="auto").close()
 

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from fp8kv.calibrate.formats.checkpoint import open_checkpoint
 from fp8kv.calibrate.formats.facts import model_facts
 from fp8kv.calibrate.modeling.tap import find_attention_modules
-from fp8kv.recipes.errors import EvaluationError, UnsupportedModelError
+from fp8kv.recipes.errors import RequestError, UnsupportedModelError
 from fp8kv.runtime.backends import choose_backend
 from fp8kv.runtime.batch import make_batch
 from fp8kv.runtime.evaluation.emulated_cache import emulated_cache, fp8_at_unit_scale
@@ -93,6 +93,10 @@ def make_runner(model, mode="float32"):
     return ModelRunner(model, make_cache(model, mode), choose_backend("reference", "cpu"))
 
 
+def all_logits(runner, batch):
+    return runner.logits_at(batch, torch.arange(batch.num_tokens))
+
+
 def texts():
     generator = torch.Generator().manual_seed(2)
     return [torch.randint(3, 200, (length,), generator=generator).tolist() for length in LENGTHS]
@@ -123,7 +127,7 @@ def run_all(runner):
     """Return the logits of every token of every text as the paged model computes them, by text."""
     logits = [[] for _ in LENGTHS]
     for batch, rows in batches():
-        every = runner.all_logits(batch)
+        every = all_logits(runner, batch)
         ends = torch.tensor([end - start for _, start, end in rows]).cumsum(0)
         # the same tokens again, into the same slots
         torch.testing.assert_close(runner.forward(batch), every[ends - 1].float())
@@ -237,12 +241,12 @@ class PlainBackend:
 def test_a_backend_without_the_hook_takes_new_tokens_as_they_were_computed(model_of, model_type):
     model, batch = model_of(model_type), next(batches())[0]
     with make_runner(model, "fp8-unit") as runner:
-        quantised = runner.all_logits(batch)
+        quantised = all_logits(runner, batch)
     reference = choose_backend("reference", "cpu")
     with ModelRunner(model, make_cache(model, "fp8-unit"), reference, prefill="bf16") as runner:
-        expected = runner.all_logits(batch)
+        expected = all_logits(runner, batch)
     with ModelRunner(model, make_cache(model, "fp8-unit"), PlainBackend()) as runner:
-        assert torch.equal(runner.all_logits(batch), expected)
+        assert torch.equal(all_logits(runner, batch), expected)
     assert (expected - quantised).abs().max() > 100 * TOLERANCE * largest([quantised])
     # without a prefix nothing is read from the cache
     rows = [recomputed(model, ids[:new]) for ids, new in zip(texts(), STEPS[0], strict=True) if new]
@@ -266,7 +270,7 @@ def test_what_is_behind_a_prefix_or_decodes_reads_codes_on_the_plain_path_too(mo
 def test_an_unknown_prefill_is_refused(model_of):
     model = model_of("llama")
     before = snapshot(model)
-    with pytest.raises(EvaluationError, match="unknown prefill 'fp16'; known ones: fp8, bf16"):
+    with pytest.raises(RequestError, match="prefill is 'fp16': give one of fp8, bf16"):
         ModelRunner(model, make_cache(model), choose_backend("reference", "cpu"), prefill="fp16")
     assert snapshot(model) == before
 
@@ -275,7 +279,7 @@ def test_logits_of_chosen_tokens_are_those_of_all(model_of):
     with make_runner(model_of("llama")) as runner:
         batch = next(batches())[0]
         rows = torch.tensor([2, 9, 16])
-        assert torch.equal(runner.logits_at(batch, rows), runner.all_logits(batch)[rows])
+        assert torch.equal(runner.logits_at(batch, rows), all_logits(runner, batch)[rows])
 
 
 def test_mistral4_scales_queries_by_position(model_of, monkeypatch):
@@ -425,7 +429,7 @@ def test_refuses_a_second_runner_on_one_model(model_of):
     model = model_of("llama")
     with make_runner(model) as runner:
         held = snapshot(model)
-        with pytest.raises(ValueError, match="another ModelRunner holds this LlamaForCausalLM"):
+        with pytest.raises(RequestError, match="this LlamaForCausalLM is in use"):
             ModelRunner(model, runner.cache, choose_backend("reference", "cpu"))
         assert snapshot(model) == held
     with make_runner(model) as runner:

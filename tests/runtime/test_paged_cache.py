@@ -162,6 +162,15 @@ def test_what_has_no_scale_is_held_at_one_and_said_so_once(caplog):
     )
 
 
+def test_a_checkpoint_without_scales_is_told_what_to_do(caplog):
+    build(scales=None)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "all KV scales are missing and taken as 1.0: convert the checkpoint with fp8kv calibrate, or ask for the "
+        "cache fp8-unit"
+    )
+
+
 def test_a_complete_set_of_scales_is_nothing_to_warn_of(caplog):
     build(scales=scales_of(((0.5,), (2.0,)), ((0.5,), (2.0,))))
     assert not caplog.records

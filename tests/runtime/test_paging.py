@@ -79,9 +79,9 @@ class EveryUse(RuleBasedStateMachine):
     @rule(data=st.data())
     def fork_full_pages(self, data):
         token_ids, pages = data.draw(st.sampled_from(self.sequences))
-        num_full = len(token_ids) // PAGE_SIZE
-        self.allocator.share(pages[:num_full])
-        self.sequences.append([token_ids[: num_full * PAGE_SIZE], pages[:num_full]])
+        self.allocator.register(token_ids, pages)
+        shared = self.allocator.match_prefix(token_ids)
+        self.sequences.append([token_ids[: len(shared) * PAGE_SIZE], shared])
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -175,7 +175,8 @@ def test_registering_as_pages_fill_equals_registering_at_once():
 def test_a_shared_page_is_free_when_the_last_holder_gives_it_back():
     allocator = PageAllocator(2, 2)
     pages = allocator.allocate(2)
-    allocator.share(pages)
+    allocator.register([1, 2, 3, 4], pages)
+    assert allocator.match_prefix([1, 2, 3, 4]) == pages
 
     allocator.free(pages)
     assert allocator.num_free == 0
@@ -251,8 +252,8 @@ def test_the_second_of_two_equal_pages_takes_the_place_of_the_first_that_was_evi
     allocator.check([one, other])
 
 
-@pytest.mark.parametrize("method", ["free", "share"])
-def test_a_page_that_nobody_holds_cannot_be_given_back_or_shared(method):
+@pytest.mark.parametrize("method", ["free", "forget"])
+def test_a_page_that_nobody_holds_cannot_be_given_back_or_forgotten(method):
     allocator = PageAllocator(2, 2)
     pages = allocator.allocate(1)
     allocator.free(pages)
@@ -276,7 +277,10 @@ def test_a_page_that_nobody_holds_cannot_be_registered():
         (lambda allocator: allocator._hash_of.update({3: b"x"}), "page 3 is free, but its"),
         (lambda allocator: allocator._page_of.clear(), "is cached, but cannot be found"),
         (lambda allocator: allocator._page_of.update({b"x": 0}), "a hash that is not its own"),
-        (lambda allocator: allocator.share([1]), "page 1 has 2 references, but 1 sequences"),
+        (
+            lambda allocator: allocator._references.update({1: 2}),
+            "page 1 has 2 references, but 1 sequences",
+        ),
         (lambda allocator: allocator.allocate(1), "has 1 references, but 0 sequences"),
     ],
 )

@@ -93,7 +93,9 @@ def run(case, prompts, prefill, monkeypatch, mode="fp8"):
 
     monkeypatch.setattr(PagedLayer, "attend", keep)
     with ModelRunner(case.model, cache, case.backend, prefill=prefill) as runner:
-        logits = runner.all_logits(make_batch(sequences, PAGE_SIZE, case.device)).float()
+        batch = make_batch(sequences, PAGE_SIZE, case.device)
+        rows = torch.arange(batch.num_tokens, device=case.device)
+        logits = runner.logits_at(batch, rows).float()
     monkeypatch.undo()
     return outputs, logits
 

@@ -104,6 +104,7 @@ def test_counters_count_what_goes_into_the_cache(loaded, limits):
         ({"cuda_graphs": "on"}, "cuda_graphs is 'on'"),
         ({"count_clipped": 1}, "count_clipped is 1"),
         ({"page_size": 0}, "page_size is 0"),
+        ({"page_size": 48}, "page_size is 48: give a power of two up to 256"),
         ({"num_pages": 0}, "num_pages is 0"),
         ({"num_pages": 4, "memory_fraction": 0.5}, "num_pages and memory_fraction both"),
         ({"memory_fraction": 0}, "memory_fraction is 0: give a number above 0"),

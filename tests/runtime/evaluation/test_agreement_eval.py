@@ -223,8 +223,8 @@ def test_every_window_begins_with_the_special_token_that_texts_begin_with():
 @pytest.mark.parametrize(
     ("text", "context", "start", "kind", "message"),
     [
-        ("a", 8, (), DataError, "the text has 1 tokens, and a comparison needs two"),
-        ("", 8, (), DataError, "the text has 0 tokens"),
+        ("a", 8, (), DataError, r"fewer than two tokens \(1\), and a comparison needs two"),
+        ("", 8, (), DataError, r"fewer than two tokens \(0\)"),
         ("abc", 1, (), EvaluationError, "the context is 1 tokens: give at least 2"),
         ("abc", 2, (999,), EvaluationError, "the context is 2 tokens: give at least 3"),
     ],

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from fp8kv.recipes import Expect
-from fp8kv.recipes.errors import CalibrationError, CheckpointError, EvaluationError
+from fp8kv.recipes.errors import CalibrationError, CheckpointError, EvaluationError, OutputError
 from fp8kv.runtime.evaluation import evaluate as evaluation
 from fp8kv.runtime.evaluation.agreement_eval import AgreementSettings
 from fp8kv.runtime.evaluation.eval_report import EvalReport
@@ -127,7 +128,8 @@ def test_progress_adds_up_for_every_task(report, told):
     assert sums == totals
     arms = ("bf16", "fp8-unit", "fp8", "emulate")
     alone = [f"{what} with {arm}" for arm in arms for what in ("answers", "perplexity", "needles")]
-    assert sorted(sums) == sorted([*alone, "reference answers, all arms", "agreement, all arms"])
+    together = ("reference answers, all arms", "agreement, all arms")
+    assert sorted(sums) == sorted(["loading weights", *alone, *together])
 
 
 def test_tasks_that_cannot_run_are_refused_before_the_weights_are_read(scaled, monkeypatch):
@@ -194,6 +196,15 @@ def test_answers_are_kept_and_belong_to_their_run(scaled, tmp_path):
             },
             EvaluationError,
             "agreement compares other arms with 'bf16'",
+        ),
+        (
+            {
+                "settings": EvaluationSettings(
+                    gsm8k=dataclasses.replace(GSM8K, samples=Path("/no/such/folder/answers"))
+                )
+            },
+            OutputError,
+            "cannot write /no/such/folder/answers: No such file",
         ),
         (
             {"settings": EvaluationSettings(gsm8k=GSM8K, expect=Expect(min_needle_recall=1.0))},

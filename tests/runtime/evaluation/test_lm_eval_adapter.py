@@ -214,6 +214,35 @@ def test_data_that_cannot_be_had_is_named(llm, choice_task):
 
 
 @needs_harness
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        ("num_fewshot", 9, "ValueError: Sample larger than population"),
+        ("no_such_key", 1, "TypeError: .* unexpected keyword argument 'no_such_key'"),
+        ("doc_to_text", "{{ question", "TemplateSyntaxError: unexpected end of template"),
+        ("metric_list", "[", "YAMLError|ParserError|ValueError|TypeError|KeyError"),
+    ],
+)
+def test_a_task_that_is_written_wrong_is_one_sentence(llm, choice_task, key, value, found):
+    config = yaml.safe_load(choice_task.read_text())
+    choice_task.write_text(yaml.safe_dump(config | {key: value}))
+    with pytest.raises(EvaluationError, match=f"^lm-eval.* cannot run {choice_task}: ({found})"):
+        run_tasks(llm, [str(choice_task)])
+
+
+@needs_harness
+def test_nothing_of_the_harness_reaches_the_terminal(llm, choice_task, capfd, caplog, monkeypatch):
+    monkeypatch.chdir(choice_task.parent)
+    commit, bar = lm_eval.evaluator.get_git_commit_hash, lm_eval.api.task.tqdm
+    run_tasks(llm, [str(choice_task)])
+    shown = capfd.readouterr().err
+    assert not [word for word in ("git", "it/s", "Tokenizing", "Generating") if word in shown]
+    assert not [record for record in caplog.records if record.name.startswith("lm_eval")]
+    assert lm_eval.evaluator.get_git_commit_hash is commit
+    assert lm_eval.api.task.tqdm is bar
+
+
+@needs_harness
 def test_a_tokenizer_without_a_chat_template_is_told_of(llm, choice_task, monkeypatch):
     monkeypatch.setattr(llm.tokenizer, "chat_template", None)
     with pytest.raises(EvaluationError, match="has no chat template: run the tasks without one"):

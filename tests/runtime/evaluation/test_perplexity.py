@@ -73,8 +73,9 @@ def test_the_sums_become_means_per_token_and_per_byte():
     assert found.nll == pytest.approx(math.log(16))
     assert found.perplexity == pytest.approx(16)
     assert found.bits_per_byte == pytest.approx(4 * (len(TEXT) - 1) / len(TEXT.encode()))
-    assert found.window_tokens == tuple(len(scored) for _, scored in plan.windows)
-    assert found.window_nll == pytest.approx([math.log(16) * n for n in found.window_tokens])
+    assert found.window_nll == pytest.approx(
+        [math.log(16) * len(scored) for _, scored in plan.windows]
+    )
     assert done == [1] * len(plan.windows)
 
 
@@ -100,7 +101,9 @@ def test_what_does_not_fit_together_is_refused(window, stride, message):
 
 
 def test_a_text_of_one_token_cannot_be_scored():
-    with pytest.raises(DataError, match="the text has 1 tokens, and scoring needs two"):
+    with pytest.raises(
+        DataError, match=r"the text has fewer than two tokens .1., and scoring needs two"
+    ):
         text_windows(Letters(), "A", 8)
 
 

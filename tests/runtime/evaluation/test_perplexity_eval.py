@@ -79,7 +79,7 @@ def test_windows_are_2048_tokens_unless_the_user_says_otherwise(loaded):
 def perplexity(*sums):
     tokens = 10 * len(sums)
     nll = sum(sums) / tokens
-    return Perplexity(tokens, tokens, nll, 0.0, nll, sums, (10,) * len(sums))
+    return Perplexity(tokens, tokens, nll, 0.0, nll, sums)
 
 
 def test_the_interval_sees_windows_that_differ():
@@ -88,6 +88,12 @@ def test_the_interval_sees_windows_that_differ():
     assert steady.value == uneven.value == pytest.approx(math.exp(0.1))
     assert steady.ci_low == steady.ci_high == pytest.approx(math.exp(0.1))
     assert uneven.ci_low < math.exp(0.08) < math.exp(0.12) < uneven.ci_high
+
+
+def test_one_window_has_no_interval():
+    one = ratio(perplexity(11.0), perplexity(10.0))
+    assert one.value > 1
+    assert (one.ci_low, one.ci_high) == (None, None)
 
 
 def test_a_ruined_arm_has_an_infinite_ratio():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fp8kv.recipes.errors import EvaluationError, OutputError
-from fp8kv.runtime.evaluation.samples import SampleLog
+from fp8kv.runtime.evaluation.samples import SampleLog, check_writable
 
 PROMPTS = ["one?", "two?", "three?"]
 AWKWARD = 'a\nb "c" \u2028 é \x00 \ud83d\ude00'
@@ -101,6 +101,33 @@ def test_a_file_of_another_kind_is_refused_and_kept(path, line):
         SampleLog(path, "run")
 
     assert path.read_text() == content
+
+
+@pytest.mark.parametrize("before", ["", '{"run": "other"\n', "\n"])
+def test_a_file_of_another_kind_without_a_last_newline_is_kept(path, before):
+    path.write_text(before + "notes of somebody")
+
+    with pytest.raises(EvaluationError, match=r"line [12], is not an answer .* name another file"):
+        SampleLog(path, "run")
+
+    assert path.read_text() == before + "notes of somebody"
+
+
+def test_a_folder_is_no_log(tmp_path):
+    with pytest.raises(OutputError, match=r"cannot read .*: Is a directory"):
+        SampleLog(tmp_path, "run")
+    with pytest.raises(OutputError, match=r"cannot write .*: Is a directory"):
+        check_writable(tmp_path)
+
+
+def test_a_log_can_be_tried_without_harm(path):
+    check_writable(path)
+    log_with(path, 2)
+    check_writable(path)
+
+    assert SampleLog(path, "run").known("fp8", PROMPTS) == {0: "answer 0", 1: "answer 1"}
+    with pytest.raises(OutputError, match=r"cannot write .*answers\.jsonl: No such file"):
+        check_writable(path.parent / "absent" / "answers.jsonl")
 
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path):

@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("fastapi")
 
 from fp8kv.recipes.errors import RequestError
-from fp8kv.runtime.server.launch import bind, is_loopback, url
+from fp8kv.runtime.server.launch import bind, is_loopback, serve, url
+from fp8kv.runtime.server.settings import ServerSettings
 
 BODY = {"model": "fake", "prompt": "abc", "temperature": 0, "max_tokens": 20, "ignore_eos": True}
 
@@ -22,6 +23,16 @@ def test_an_address_that_is_taken_is_refused():
         first.listen()
         with pytest.raises(RequestError, match=f"127.0.0.1 port {port}: .*; choose another"):
             bind("127.0.0.1", port)
+
+
+def test_an_address_that_is_taken_while_the_model_loads_is_refused(llm):
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with bind("127.0.0.1", port) as second:
+            first.listen()
+            settings = ServerSettings(model="fake")
+            with pytest.raises(RequestError, match=f"127.0.0.1 port {port}: .*; choose another"):
+                serve(llm, settings, second, say=print, started="started")
 
 
 def test_an_address_that_nobody_knows_is_refused(monkeypatch):
@@ -115,7 +126,7 @@ def test_what_is_not_finished_in_time_is_cut_short(listening, llm, until, events
     assert llm.engine.status.num_free_pages == llm.engine.status.num_pages
 
 
-def test_who_is_impatient_finishes_nothing(listening, llm, until):
+def test_who_is_impatient_finishes_nothing(listening, llm, until, capsys):
     permits = llm.hold()
     found = []
     with listening(llm) as server:
@@ -130,3 +141,4 @@ def test_who_is_impatient_finishes_nothing(listening, llm, until):
         server.thread.join(20)
         assert found[0].status_code == 503
         assert server.server.num_cut_short == 1
+    assert capsys.readouterr().err == ""
