@@ -40,3 +40,10 @@ def test_floors_of_the_batch_are_operations_and_bytes(module):
 def test_every_id_of_the_tokenizer_has_a_text(module):
     tokenizer = module("shapes").build_tokenizer(50)
     assert tokenizer.decode([7, 49]) == "w7 w49"
+
+
+def test_the_documentation_shows_what_the_committed_results_say(module):
+    table = module("table")
+    page = (ROOT / "docs" / "runtime.md").read_text()
+    assert table.with_tables(page, table.newest_results()) == page
+    assert page.count("made by table.py") == 2

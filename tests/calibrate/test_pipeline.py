@@ -318,6 +318,8 @@ def test_a_listener_is_told_of_every_stage_and_its_progress(sources, tmp_path):
     assert listener.stages == ["data", "load", "measure", "write"]
     ends = {stage: (done, total) for stage, done, total in listener.calls}
     tokens = int(result.stats.tokens.sum())
+    read, size = ends.pop("load")
+    assert read == size > 0
     assert ends == {"data": (16, 16), "measure": (tokens, tokens)}
 
 
