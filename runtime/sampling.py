@@ -170,8 +170,22 @@ def sample(
     report: tuple[Tensor, ...] = ()
     if asked:
         rows = upload(asked, torch.int64, logits.device)
-        report = _report(logits[rows], chosen[rows], max(counts))
+        report = token_logprobs(logits[rows], chosen[rows], max(counts))
     return PendingSample(chosen, largest.isfinite(), asked, report, counts)
+
+
+def token_logprobs(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-probabilities of ``chosen [rows]``, and those and the ids of the ``count`` likeliest tokens.
+
+    Of equally likely tokens the one with the lowest id comes first. Nothing here waits for the device.
+    """
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    logprobs = (logits.gather(-1, chosen[:, None]) - normaliser)[:, 0]
+    if not count:
+        return logprobs, logits[:, :0], chosen[:, None][:, :0]
+    # a stable sort puts the lowest id first among equals, as argmax does
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    return logprobs, values[:, :count] - normaliser, ids[:, :count]
 
 
 def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -209,17 +223,6 @@ def draw_weights(logits: Tensor, parameters: Sequence[SamplingParameters]) -> Te
         own = [parameters[row] for row in truncated]
         weights[rows] = _truncate(logits[rows], weights[rows], own)
     return weights
-
-
-def _report(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the log-probabilities of ``chosen [rows]``, and those and the ids of the ``count`` likeliest tokens."""
-    normaliser = logits.logsumexp(-1, keepdim=True)
-    logprobs = (logits.gather(-1, chosen[:, None]) - normaliser)[:, 0]
-    if not count:
-        return logprobs, logits[:, :0], chosen[:, None][:, :0]
-    # a stable sort puts the lowest id first among equals, as argmax does
-    values, ids = logits.sort(dim=-1, descending=True, stable=True)
-    return logprobs, values[:, :count] - normaliser, ids[:, :count]
 
 
 def _truncate(logits: Tensor, weights: Tensor, parameters: Sequence[SamplingParameters]) -> Tensor:

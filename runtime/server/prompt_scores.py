@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fp8kv.recipes.errors import EvaluationError, RequestError
 from fp8kv.runtime.requests import TokenLogprob
-from fp8kv.runtime.sampling import NOT_FINITE
+from fp8kv.runtime.sampling import NOT_FINITE, token_logprobs
 
 
 class NotNow(Exception):
@@ -66,16 +66,9 @@ def _entries(
     logits: Tensor, token_ids: Sequence[int], num_alternatives: int
 ) -> list[TokenLogprob] | None:
     """Return what ``logits [rows, vocabulary]`` say of one token each, None if they are no numbers."""
-    normaliser = logits.logsumexp(-1, keepdim=True)
-    if not normaliser.isfinite().all():
+    if not logits.amax(-1).isfinite().all():
         return None
-    targets = torch.tensor(token_ids).to(logits.device)
-    own = (logits.gather(1, targets[:, None]) - normaliser)[:, 0].tolist()
-    top: list[tuple[tuple[int, float], ...]] = [()] * len(own)
-    if num_alternatives:
-        # stable, so that of equals the lowest id comes first, as in generation
-        values, ids = logits.sort(dim=-1, descending=True, stable=True)
-        best = (values[:, :num_alternatives] - normaliser).tolist()
-        rows = zip(ids[:, :num_alternatives].tolist(), best, strict=True)
-        top = [tuple(zip(*row, strict=True)) for row in rows]
+    chosen = torch.tensor(token_ids).to(logits.device)
+    own, values, ids = (part.tolist() for part in token_logprobs(logits, chosen, num_alternatives))
+    top = (tuple(zip(*row, strict=True)) for row in zip(ids, values, strict=True))
     return [TokenLogprob(*entry) for entry in zip(token_ids, own, top, strict=True)]
